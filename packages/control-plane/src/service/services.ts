@@ -1,0 +1,233 @@
+/**
+ * The use cases that every front end shares. `api/` calls these and nothing
+ * else; each is one file beside this one, put together by `open-services.ts`.
+ *
+ * All of them throw RookeryErrors with a code of the error table. What belongs
+ * to another team is `not_found`. Every `signal` is the caller's: when it
+ * aborts, waiting ends; an accepted change of state goes on to its end.
+ */
+import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId, TemplateId } from "../model/ids.ts";
+import type { Lifetime, Sandbox, SandboxStatus } from "../model/sandbox.ts";
+
+export type Role = "member" | "platform";
+
+/** Who calls: read from an API key, once per request. */
+export interface Caller {
+  keyId: ApiKeyId;
+  teamId: TeamId;
+  role: Role;
+}
+
+export interface Page<T> {
+  items: T[];
+  nextCursor?: string;
+}
+
+export interface CreateSandboxInput extends Lifetime {
+  template: string;
+  /** Absent: the snapshot's own, or the template's defaults. */
+  vcpus?: number;
+  memoryMb?: number;
+  diskMb?: number;
+  env: Record<string, string>;
+  metadata: Record<string, string>;
+}
+
+export interface ListSandboxesInput {
+  /** Empty: all that are not final. */
+  statuses: readonly SandboxStatus[];
+  metadata: Readonly<Record<string, string>>;
+  limit: number;
+  cursor?: string;
+}
+
+export interface UpdateSandboxInput extends Partial<Lifetime> {
+  /** Replaces all of it. */
+  metadata?: Record<string, string>;
+}
+
+export interface ExecInput {
+  cmd: string;
+  args: readonly string[];
+  shell: boolean;
+  cwd?: string;
+  env: Readonly<Record<string, string>>;
+  user?: string;
+  stdin?: Uint8Array;
+  timeoutSec: number;
+}
+
+export interface ExecResult {
+  stdout: Uint8Array;
+  stderr: Uint8Array;
+  exitCode: number;
+  signal?: string;
+  timedOut: boolean;
+  truncated: boolean;
+  durationMs: number;
+}
+
+export interface Snapshot {
+  id: SnapshotId;
+  name: string;
+  vcpus: number;
+  memoryMb: number;
+  diskMb: number;
+  sizeBytes: number;
+  createdAt: Date;
+}
+
+export interface Template {
+  id: TemplateId | SnapshotId;
+  name: string;
+  kind: "platform" | "snapshot";
+  vcpus: number;
+  memoryMb: number;
+  diskMb: number;
+  createdAt: Date;
+}
+
+export interface ApiKey {
+  id: ApiKeyId;
+  teamId: TeamId;
+  name: string;
+  role: Role;
+  /** First 8 characters, for display. */
+  prefix: string;
+  createdAt: Date;
+  lastUsedAt?: Date;
+}
+
+export interface Team {
+  id: TeamId;
+  name: string;
+  createdAt: Date;
+}
+
+export type HostStatus = "pending" | "online" | "unreachable" | "draining";
+
+export interface Host {
+  id: HostId;
+  name: string;
+  type: "shared" | "byoc";
+  teamId?: TeamId;
+  status: HostStatus;
+  address?: string;
+  arch?: string;
+  cpus?: number;
+  memoryMb?: number;
+  diskMb?: number;
+  drivers?: Readonly<Record<string, string>>;
+  version?: string;
+  labels: Readonly<Record<string, string>>;
+  /** Sandboxes of it that are not final. */
+  sandboxes: number;
+  lastHeartbeatAt?: Date;
+  createdAt: Date;
+}
+
+export interface RegisterHostInput {
+  token: string;
+  address: string;
+  /** SHA-256 of the agent's certificate (DER), 64 hex; absent: plain HTTP, loopback only. */
+  certificateFingerprint?: string;
+  /** Ed25519 public key of the agent, SPKI in base64. */
+  publicKey: string;
+  arch: string;
+  cpus: number;
+  memoryMb: number;
+  diskMb: number;
+  drivers: Record<string, string>;
+  version: string;
+}
+
+export interface Registration {
+  hostId: HostId;
+  clusterId: string;
+  accessToken: string;
+  refreshToken: string;
+  /** Ed25519 public key (SPKI, base64) that proves the control plane to the agent. */
+  controlPlaneKey: string;
+}
+
+export interface HeartbeatInput {
+  load: { cpus: number; memoryMbUsed: number; diskMbFree: number; sandboxes: number };
+  /** Digest of the agent's sandbox set; see docs. */
+  digest: string;
+  eventLogId: string;
+  lastEventNumber: bigint;
+}
+
+export interface Services {
+  /** Accepts `rk_` and `e2b_` + 40 hex. Throws `unauthenticated`. */
+  authenticate(presentedKey: string): Promise<Caller>;
+  /** Database reachable, migrations done; throws `unavailable`. */
+  checkReady(): Promise<void>;
+
+  /**
+   * Runs `work` once per (team, key) for 24 h, also under concurrency: the same
+   * key and fingerprint get the stored answer, another fingerprint `idempotency_mismatch`.
+   */
+  idempotent<T extends { status: number; body: unknown }>(
+    caller: Caller,
+    key: string,
+    fingerprint: string,
+    work: () => Promise<T>,
+  ): Promise<{ status: number; body: unknown }>;
+
+  createSandbox(caller: Caller, input: CreateSandboxInput): Promise<Sandbox>;
+  listSandboxes(caller: Caller, input: ListSandboxesInput): Promise<Page<Sandbox>>;
+  getSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
+  updateSandbox(caller: Caller, id: SandboxId, input: UpdateSandboxInput): Promise<Sandbox>;
+  pauseSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
+  resumeSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
+  destroySandbox(caller: Caller, id: SandboxId): Promise<void>;
+  pingSandbox(caller: Caller, id: SandboxId): Promise<void>;
+
+  exec(caller: Caller, id: SandboxId, input: ExecInput, signal: AbortSignal): Promise<ExecResult>;
+  writeFile(
+    caller: Caller,
+    id: SandboxId,
+    path: string,
+    content: AsyncIterable<Uint8Array>,
+    signal: AbortSignal,
+  ): Promise<void>;
+  readFile(
+    caller: Caller,
+    id: SandboxId,
+    path: string,
+    signal: AbortSignal,
+  ): Promise<{ sizeBytes?: number; content: AsyncIterable<Uint8Array> }>;
+
+  createSnapshot(
+    caller: Caller,
+    input: { sandboxId: SandboxId; name: string; overwrite: boolean },
+  ): Promise<Snapshot>;
+  listSnapshots(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Snapshot>>;
+  deleteSnapshot(caller: Caller, name: string): Promise<void>;
+  listTemplates(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Template>>;
+
+  /** `key` is shown once. */
+  createApiKey(caller: Caller, input: { name: string; role: Role }): Promise<{ apiKey: ApiKey; key: string }>;
+  listApiKeys(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<ApiKey>>;
+  deleteApiKey(caller: Caller, id: ApiKeyId): Promise<void>;
+  /** With its first platform-less key, shown once. Platform callers only. */
+  createTeam(caller: Caller, input: { name: string }): Promise<{ team: Team; apiKey: ApiKey; key: string }>;
+  listTeams(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Team>>;
+
+  createHost(
+    caller: Caller,
+    input: { name: string; type: "shared" | "byoc"; labels: Record<string, string> },
+  ): Promise<{ host: Host; registrationToken: string; expiresAt: Date }>;
+  newRegistrationToken(
+    caller: Caller,
+    id: HostId,
+  ): Promise<{ host: Host; registrationToken: string; expiresAt: Date }>;
+  listHosts(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Host>>;
+  getHost(caller: Caller, id: HostId): Promise<Host>;
+
+  /** These three are called by agents: their proof is the token itself. */
+  registerHost(input: RegisterHostInput): Promise<Registration>;
+  heartbeat(accessToken: string, id: HostId, input: HeartbeatInput): Promise<{ acknowledgedEvent: bigint }>;
+  refreshHostTokens(refreshToken: string): Promise<{ accessToken: string; refreshToken: string }>;
+}
