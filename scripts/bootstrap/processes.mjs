@@ -1,0 +1,116 @@
+/**
+ * The product's long-lived processes: started in a session of their own, named
+ * by a pid file, recognised by their command line, so that a pid that was given
+ * to another program is never signalled.
+ */
+import { spawn } from "node:child_process";
+import { closeSync, openSync, readFileSync, readlinkSync, rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { setTimeout as delay } from "node:timers/promises";
+import { StepError } from "./run.mjs";
+
+/** What stands in the command line of each. */
+const MARKS = { agent: "rookery-agent", "control-plane": "control-plane", postgres: "postgres" };
+
+/** @param {keyof typeof MARKS} name */
+export function livePid(paths, name) {
+  let pid;
+  try {
+    pid = Number.parseInt(readFileSync(join(paths.runDir, `${name}.pid`), "utf8"), 10);
+  } catch (cause) {
+    if (cause.code === "ENOENT") return undefined;
+    throw cause;
+  }
+  return Number.isInteger(pid) && pid > 1 && isMarked(pid, MARKS[name]) ? pid : undefined;
+}
+
+function isMarked(pid, mark) {
+  try {
+    const state = readFileSync(`/proc/${pid}/stat`, "utf8").split(") ").at(-1)?.[0];
+    if (state === "Z" || state === "X") return false;
+    return readFileSync(`/proc/${pid}/cmdline`, "utf8").includes(mark);
+  } catch (cause) {
+    if (cause.code === "ENOENT" || cause.code === "ESRCH") return false;
+    throw cause;
+  }
+}
+
+/**
+ * Starts a detached process and writes its pid file.
+ * @param {{argv: string[], env: NodeJS.ProcessEnv, cwd?: string, uid?: number}} options
+ */
+export function startDetached(paths, name, { argv, env, cwd, uid }) {
+  const log = openSync(join(paths.logDir, `${name}.log`), "a", 0o600);
+  try {
+    const child = spawn(argv[0], argv.slice(1), {
+      cwd,
+      env,
+      detached: true,
+      stdio: ["ignore", log, log],
+      ...(uid === undefined ? {} : { uid, gid: uid }),
+    });
+    if (child.pid === undefined) throw new StepError(`cannot start ${name} (${argv[0]})`);
+    child.unref();
+    writeFileSync(join(paths.runDir, `${name}.pid`), `${child.pid}\n`);
+    return child.pid;
+  } finally {
+    closeSync(log);
+  }
+}
+
+/** Ends a process that is ours: SIGTERM, and SIGKILL when `graceMs` have passed. */
+export async function stop(paths, name, graceMs) {
+  const pid = livePid(paths, name);
+  if (pid !== undefined) {
+    process.kill(pid, "SIGTERM");
+    const killAt = Date.now() + graceMs;
+    while (livePid(paths, name) !== undefined) {
+      if (Date.now() > killAt) process.kill(pid, "SIGKILL");
+      await delay(50);
+    }
+  }
+  rmSync(join(paths.runDir, `${name}.pid`), { force: true });
+  return pid !== undefined;
+}
+
+/** Last lines of a log, for an error message. */
+export function logTail(paths, name, lines = 15) {
+  try {
+    return readFileSync(join(paths.logDir, `${name}.log`), "utf8")
+      .trimEnd()
+      .split("\n")
+      .slice(-lines)
+      .join("\n");
+  } catch (cause) {
+    if (cause.code === "ENOENT") return "(no log)";
+    throw cause;
+  }
+}
+
+/**
+ * Waits until `probe` answers something truthy, while the process lives.
+ * @template T
+ * @param {() => Promise<T | undefined>} probe
+ * @returns {Promise<T>}
+ */
+export async function until(paths, name, { what, timeoutMs, probe }) {
+  const giveUpAt = Date.now() + timeoutMs;
+  for (;;) {
+    const answer = await probe();
+    if (answer) return answer;
+    if (livePid(paths, name) === undefined) {
+      throw new StepError(`${name} ended while waiting for ${what}. Its log:\n${logTail(paths, name)}`);
+    }
+    if (Date.now() > giveUpAt) {
+      throw new StepError(
+        `${name} did not reach ${what} in ${timeoutMs / 1000} s. Its log:\n${logTail(paths, name)}`,
+      );
+    }
+    await delay(50);
+  }
+}
+
+/** The executable behind a pid, for `down`'s report. */
+export function executableOf(pid) {
+  return readlinkSync(`/proc/${pid}/exe`);
+}

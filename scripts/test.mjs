@@ -1,0 +1,99 @@
+/**
+ * `npm test`: the checks and every suite that can run on this machine, from a
+ * fresh clone on. Closes with one line: N passed, N failed, N skipped.
+ *
+ *   npm test                        everything
+ *   npm test -- --suites unit,db    some suites
+ *   npm test -- --long              the long forms too (npm run test:long)
+ */
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { parseArgs } from "node:util";
+import { productPaths, repoDir } from "./bootstrap/paths.mjs";
+import { ensureBundles, ensureDebianPackages, prepareTools } from "./bootstrap/prepare.mjs";
+import { say } from "./bootstrap/progress.mjs";
+import { StepError } from "./bootstrap/run.mjs";
+import { check } from "./check.mjs";
+
+const SUITES = ["check", "unit", "db", "host", "e2e"];
+
+const { values: flags } = parseArgs({
+  options: { suites: { type: "string" }, long: { type: "boolean", default: false } },
+});
+const wanted = flags.suites?.split(",") ?? SUITES;
+const unknown = wanted.filter((suite) => !SUITES.includes(suite));
+if (unknown.length > 0) {
+  console.error(`No suite ${unknown.join(", ")}; there are ${SUITES.join(", ")}.`);
+  process.exit(2);
+}
+
+const total = { passed: 0, failed: 0, skipped: 0 };
+try {
+  const paths = productPaths();
+  const { node, env } = await prepareTools(paths);
+  if (wanted.some((suite) => suite === "host" || suite === "e2e")) {
+    await ensureDebianPackages(env);
+    await ensureBundles(paths, { node, env });
+  }
+  for (const suite of wanted) {
+    say(`\n== ${suite}`);
+    const result =
+      suite === "check" ? { skipped: 0, skips: [], ...(await check()) } : await vitest(suite, { node, env });
+    total.passed += result.passed;
+    total.failed += result.failed;
+    total.skipped += result.skipped;
+    for (const skip of result.skips) say(`skipped: ${skip}`);
+  }
+} catch (cause) {
+  if (!(cause instanceof StepError)) throw cause;
+  console.error(cause.message);
+  total.failed += 1;
+}
+say(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
+process.exit(total.failed === 0 && total.passed > 0 ? 0 : 1);
+
+/** Runs one vitest project and counts its tests; a run that broke down counts as a failure. */
+async function vitest(project, { node, env }) {
+  const dir = mkdtempSync(join(tmpdir(), "rookery-test-"));
+  const report = join(dir, "report.json");
+  try {
+    const child = spawn(
+      node,
+      [
+        join(repoDir, "node_modules", "vitest", "vitest.mjs"),
+        "run",
+        ...["--project", project],
+        ...["--reporter", "default", "--reporter", "json", "--outputFile.json", report],
+      ],
+      { cwd: repoDir, env: { ...env, ...(flags.long ? { ROOKERY_LONG: "1" } : {}) }, stdio: "inherit" },
+    );
+    const [code] = await once(child, "exit");
+    const parsed = readReport(report);
+    if (parsed === undefined) return { passed: 0, failed: 1, skipped: 0, skips: [] };
+    const tests = parsed.testResults.flatMap((file) => file.assertionResults);
+    const count = (status) => tests.filter((test) => test.status === status).length;
+    const failed = count("failed");
+    const skips = tests.filter((test) => ["skipped", "pending", "todo"].includes(test.status));
+    return {
+      passed: count("passed"),
+      // A file that could not be loaded, or an error outside of any test, fails the run without a failed test.
+      failed: code !== 0 && failed === 0 ? 1 : failed,
+      skipped: skips.length,
+      skips: skips.map((test) => test.fullName),
+    };
+  } finally {
+    rmSync(dir, { recursive: true, force: true });
+  }
+}
+
+function readReport(path) {
+  try {
+    return JSON.parse(readFileSync(path, "utf8"));
+  } catch (cause) {
+    console.error(`no report from vitest: ${cause.message}`);
+    return undefined;
+  }
+}
