@@ -53,7 +53,9 @@ export interface RootDiskDriver {
 
   /**
    * Gives the VMM its files: hard links in `user.runDir`, the top owned by
-   * `user.uid`, layers by root and read-only. Idempotent.
+   * `user.uid`, layers by root and read-only. Idempotent. A pooled VMM changes
+   * disks when it thaws, so two disks may stand in one run directory at once:
+   * tops of different disks must have different names there.
    */
   attach(disk: RootDisk, user: DiskUser, signal: AbortSignal): Promise<DiskAttachment>;
   /** Takes them back once the VMM's process is gone: links removed, top root's again. Bears running twice. */
@@ -63,8 +65,14 @@ export interface RootDiskDriver {
    * First half of a fork of a running disk: makes the next top beside the
    * present one, and its link in the run directory. The VMM then switches to
    * `next` while its guest is frozen, and `commitNextTop` turns the old top into a layer.
+   * A next top that is there already is kept as it is: after a crash of the agent
+   * a VMM may be writing to it.
    */
-  prepareNextTop(disk: RootDisk, user: DiskUser, signal: AbortSignal): Promise<{ next: DiskAttachment }>;
+  prepareNextTop(
+    disk: RootDisk,
+    user: DiskUser | undefined,
+    signal: AbortSignal,
+  ): Promise<{ next: DiskAttachment }>;
   /**
    * The old top becomes layer `layerId` below `layersDir` (root's, read-only,
    * durable), the prepared one the top; `disk.json` is replaced last. Without a

@@ -100,7 +100,8 @@ export interface Vm {
   /**
    * Waiting clone → running guest. `disk` replaces the one given at spawn, when
    * given; `growDiskToBytes` enlarges the block device; `layer` is loaded and
-   * its manifest verified before anything of it is used.
+   * its manifest verified before anything of it is used. When it fails before the
+   * guest ran, the state is still "waiting", or "exited".
    */
   thaw(
     options: { disk?: DiskAttachment; growDiskToBytes?: number; layer?: MemoryLayer },
@@ -112,7 +113,11 @@ export interface Vm {
   unfreeze(signal: AbortSignal): Promise<void>;
   /** Only when frozen. */
   captureLayer(signal: AbortSignal): Promise<LayerCapture>;
-  /** Only when frozen: the disk's present top becomes read-only below `next`. */
+  /**
+   * Only when frozen: the disk's present top becomes read-only below `next`. Does
+   * nothing when the VM already writes to `next`: after a crash of the agent nobody
+   * else knows whether it does, so recovery asks for it again.
+   */
   switchDiskTop(next: DiskAttachment, signal: AbortSignal): Promise<void>;
   /** Only a cold-booted, frozen VM: its memory and device state become a MemoryBase in `dir`. */
   saveBase(dir: string, signal: AbortSignal): Promise<MemoryBase>;
