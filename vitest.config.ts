@@ -41,6 +41,7 @@ export default defineConfig({
       {
         test: {
           name: "e2e",
+          globalSetup: ["test/setup.ts"],
           include: ["test/**/*.e2e.test.ts"],
           pool: "forks",
           fileParallelism: false,

@@ -1,0 +1,110 @@
+/**
+ * A product of the tests' own: another data directory, other ports, started
+ * and stopped by the commands that a user has.
+ */
+import assert from "node:assert/strict";
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { readFileSync } from "node:fs";
+import { createServer } from "node:net";
+import { join, resolve } from "node:path";
+import { fileURLToPath } from "node:url";
+import { Api, eventually } from "./api.ts";
+
+export const repoDir = resolve(fileURLToPath(new URL("..", import.meta.url)));
+
+export interface ProductOptions {
+  dataDir: string;
+  port: number;
+  agentPort: number;
+  /** More environment for `up`, such as shortened intervals or failpoints. */
+  env?: Record<string, string>;
+}
+
+export class Product {
+  readonly options: ProductOptions;
+
+  constructor(options: ProductOptions) {
+    this.options = options;
+  }
+
+  get agentDataDir(): string {
+    return join(this.options.dataDir, "agent");
+  }
+
+  /** Brings up what does not run. */
+  async up(env: Record<string, string> = {}): Promise<string> {
+    return this.#script("up.mjs", ["--detach"], env);
+  }
+
+  async down(): Promise<string> {
+    return this.#script("down.mjs", [], {});
+  }
+
+  api(): Api {
+    const { api_url: url, api_key: key } = JSON.parse(
+      readFileSync(join(this.options.dataDir, "credentials.json"), "utf8"),
+    ) as { api_url: string; api_key: string };
+    return new Api(url, key);
+  }
+
+  pid(name: "agent" | "control-plane" | "postgres"): number {
+    return Number.parseInt(readFileSync(join(this.options.dataDir, "run", `${name}.pid`), "utf8"), 10);
+  }
+
+  log(name: "agent" | "control-plane"): string {
+    return readFileSync(join(this.options.dataDir, "logs", `${name}.log`), "utf8");
+  }
+
+  /** SIGKILL, and until the process is gone. */
+  async kill9(name: "agent" | "control-plane"): Promise<void> {
+    const pid = this.pid(name);
+    process.kill(pid, "SIGKILL");
+    await eventually(`${name} (${pid}) is gone`, 10_000, () => (isAlive(pid) ? undefined : true));
+  }
+
+  async #script(name: string, args: string[], env: Record<string, string>): Promise<string> {
+    const child = spawn("node", [join(repoDir, "scripts", name), ...args], {
+      cwd: repoDir,
+      env: {
+        ...process.env,
+        ROOKERY_DATA: this.options.dataDir,
+        ROOKERY_PORT: String(this.options.port),
+        ROOKERY_AGENT_PORT: String(this.options.agentPort),
+        ...this.options.env,
+        ...env,
+      },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    let output = "";
+    for (const stream of [child.stdout, child.stderr]) {
+      stream.setEncoding("utf8").on("data", (text: string) => {
+        output += text;
+      });
+    }
+    const [code] = await once(child, "close");
+    assert.equal(code, 0, `${name} failed:\n${output}`);
+    return output;
+  }
+}
+
+export function isAlive(pid: number): boolean {
+  try {
+    const stat = readFileSync(`/proc/${pid}/stat`, "utf8");
+    return !/\) [ZX] /.test(stat);
+  } catch (cause) {
+    if (["ENOENT", "ESRCH"].includes((cause as NodeJS.ErrnoException).code ?? "")) return false;
+    throw cause;
+  }
+}
+
+export async function freePort(): Promise<number> {
+  const server = createServer();
+  server.listen(0, "127.0.0.1");
+  await once(server, "listening");
+  const address = server.address();
+  assert.ok(address !== null && typeof address === "object");
+  server.close();
+  await once(server, "close");
+  return address.port;
+}
