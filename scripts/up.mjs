@@ -11,7 +11,7 @@ import { cp, link, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { apiClient } from "./bootstrap/api.mjs";
-import { isRoot, productPaths, repoDir } from "./bootstrap/paths.mjs";
+import { agentCommand, agentEnv, isRoot, productPaths, repoDir } from "./bootstrap/paths.mjs";
 import { ensureBundles, ensureDebianPackages, prepareTools } from "./bootstrap/prepare.mjs";
 import { livePid, startDetached, stop, until } from "./bootstrap/processes.mjs";
 import { say, step } from "./bootstrap/progress.mjs";
@@ -72,22 +72,10 @@ Try:
   await stopProduct(paths);
 }
 
-function agentCommand(node) {
-  return [node, join(repoDir, "packages", "host-agent", "dist", "rookery-agent.mjs")];
-}
-
-function agentEnv(env) {
-  return {
-    ...env,
-    ROOKERY_AGENT_DATA: paths.agentDataDir,
-    ROOKERY_RUNTIME_DIR: join(paths.runtimeDir, "agent"),
-  };
-}
-
 async function buildGuestImage({ node, env }) {
   const argv = [...agentCommand(node), "image", "build", "base"];
   await step("guest image `base` (built once, then only when an input changes)", (note) =>
-    run(argv, { env: agentEnv(env), note }),
+    run(argv, { env: agentEnv(paths, env), note }),
   );
 }
 
@@ -238,7 +226,7 @@ async function startAgent({ node, env, api }) {
       argv.push("--control-plane", apiUrl, "--register", made.registration_token);
     }
     const since = Date.now();
-    startDetached(paths, "agent", { argv, env: agentEnv(env), cwd: "/" });
+    startDetached(paths, "agent", { argv, env: agentEnv(paths, env), cwd: "/" });
     await until(paths, "agent", {
       what: "its first heartbeat",
       timeoutMs: 60_000,

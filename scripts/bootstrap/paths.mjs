@@ -40,3 +40,17 @@ export function productPaths(env = process.env) {
   }
   return paths;
 }
+
+/** The command line of the agent: its name stands in no other process's. */
+export function agentCommand(node) {
+  return [node, join(repoDir, "packages", "host-agent", "dist", "rookery-agent.mjs")];
+}
+
+/** @param {ReturnType<typeof productPaths>} paths */
+export function agentEnv(paths, env) {
+  return {
+    ...env,
+    ROOKERY_AGENT_DATA: paths.agentDataDir,
+    ROOKERY_RUNTIME_DIR: join(paths.runtimeDir, "agent"),
+  };
+}

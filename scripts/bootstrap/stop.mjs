@@ -1,7 +1,7 @@
 /** `down`: everything that `up` started ends, sandboxes first, in the reverse order. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { isRoot, repoDir } from "./paths.mjs";
+import { agentCommand, agentEnv, isRoot } from "./paths.mjs";
 import { NODE_VERSION } from "./prepare.mjs";
 import { livePid, stop } from "./processes.mjs";
 import { say, step } from "./progress.mjs";
@@ -15,17 +15,10 @@ export async function stopProduct(paths) {
   }
   if (livePid(paths, "agent") !== undefined)
     await step("stop the host agent", () => stop(paths, "agent", 15_000));
-  const agent = join(repoDir, "packages", "host-agent", "dist", "rookery-agent.mjs");
-  if (existsSync(agent) && existsSync(paths.agentDataDir)) {
+  const agent = agentCommand(node);
+  if (existsSync(agent[1]) && existsSync(paths.agentDataDir)) {
     await step("destroy sandboxes and what they held on this host", (note) =>
-      run([node, agent, "cleanup"], {
-        note,
-        env: {
-          ...process.env,
-          ROOKERY_AGENT_DATA: paths.agentDataDir,
-          ROOKERY_RUNTIME_DIR: join(paths.runtimeDir, "agent"),
-        },
-      }),
+      run([...agent, "cleanup"], { note, env: agentEnv(paths, process.env) }),
     );
   }
   const database = join(paths.serviceDir, "control-plane", "postgres-main.mjs");
