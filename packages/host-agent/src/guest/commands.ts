@@ -66,7 +66,7 @@ export async function* runCommand(
   const cut = new AbortController();
   const feeding = new AbortController();
   let pid: number | undefined;
-  let ended = false;
+  let end: Extract<ProcessEvent, { kind: "end" }> | undefined;
   let pastTime = false;
   let grace: NodeJS.Timeout | undefined;
 
@@ -85,10 +85,10 @@ export async function* runCommand(
     const lifetimeMs = timeoutMs + 2 * killGraceMs;
     for await (const event of startProcess(guest, command, { lifetimeMs }, cut.signal)) {
       if (event.kind === "end") {
-        ended = true;
-        if (signal.aborted) throw signal.reason;
-        yield { ...event, timedOut: pastTime && event.signal !== undefined };
-        return;
+        end = event;
+        // What follows is the stream's last frame; read, it leaves a connection to use again.
+        grace ??= setTimeout(() => cut.abort(new Error("no last frame")), killGraceMs);
+        continue;
       }
       if (event.kind === "start") {
         pid = event.pid;
@@ -97,9 +97,15 @@ export async function* runCommand(
       }
       yield event;
     }
+    if (signal.aborted) throw signal.reason;
+    if (end !== undefined) yield { ...end, timedOut: pastTime && end.signal !== undefined };
   } catch (cause) {
     if (signal.aborted) throw signal.reason;
     if (!cut.signal.aborted) throw cause;
+    if (end !== undefined) {
+      yield { ...end, timedOut: pastTime && end.signal !== undefined };
+      return;
+    }
     if (pid === undefined) {
       throw new RookeryError("guest_error", "The guest did not start the command in time", { cause });
     }
@@ -109,7 +115,7 @@ export async function* runCommand(
     clearTimeout(grace);
     signal.removeEventListener("abort", kill);
     feeding.abort();
-    if (pid !== undefined && !ended && !pastTime) await killGroup(guest, pid);
+    if (pid !== undefined && end === undefined && !pastTime) await killGroup(guest, pid);
   }
 }
 

@@ -96,12 +96,14 @@ export async function* readFile(
     }
     const sizeBytes = sizeOf(response);
     const limit = sizeBytes ?? guest.limits.fileBytes;
-    if (limit > guest.limits.fileBytes) throw new RookeryError("guest_error", "The guest's file is larger than its disk");
+    if (limit > guest.limits.fileBytes)
+      throw new RookeryError("guest_error", "The guest's file is larger than its disk");
     yield { sizeBytes };
     let seen = 0;
     for await (const piece of chunksOf(body)) {
       seen += piece.byteLength;
-      if (seen > limit) throw new RookeryError("guest_error", "The guest sent more of the file than there is");
+      if (seen > limit)
+        throw new RookeryError("guest_error", "The guest sent more of the file than there is");
       yield piece;
     }
     if (sizeBytes !== undefined && seen < sizeBytes) {
