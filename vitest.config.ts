@@ -22,6 +22,7 @@ export default defineConfig({
         test: {
           name: "db",
           include: ["packages/*/src/**/*.db.test.ts"],
+          globalSetup: ["packages/control-plane/src/db/testing/global-setup.ts"],
           pool: "forks",
           testTimeout: 30_000,
           hookTimeout: 60_000,

@@ -1,0 +1,76 @@
+/**
+ * The connection to PostgreSQL, and the two kinds of failure it has: a database
+ * that is away (`unavailable`, worth another try) and a bug of ours.
+ *
+ * int8 comes as bigint; times are Dates of whole milliseconds.
+ */
+import { RookeryError } from "@rookery/protocol/errors";
+import { Kysely, PostgresDialect, type Transaction } from "kysely";
+import pg from "pg";
+import type { DB } from "./schema.ts";
+
+export type Database = Kysely<DB>;
+/** A query function takes either: it never begins a transaction of its own unless its name says so. */
+export type Queryable = Database | Transaction<DB>;
+
+export interface OpenDatabase {
+  db: Database;
+  /** For what is no query: migrations and readiness. */
+  pool: pg.Pool;
+  close(): Promise<void>;
+}
+
+const INT8_OID = 20;
+
+const types: pg.CustomTypesConfig = {
+  getTypeParser: (oid: number, format?: "text" | "binary") =>
+    oid === INT8_OID ? BigInt : pg.types.getTypeParser(oid, format),
+};
+
+export interface DatabaseOptions {
+  url: string;
+  maxConnections: number;
+  connectTimeoutMs: number;
+  statementTimeoutMs: number;
+  /** An idle connection that broke: logged, never fatal. */
+  onError(cause: unknown): void;
+}
+
+export function openDatabase(options: DatabaseOptions): OpenDatabase {
+  const pool = new pg.Pool({
+    connectionString: options.url,
+    max: options.maxConnections,
+    connectionTimeoutMillis: options.connectTimeoutMs,
+    statement_timeout: options.statementTimeoutMs,
+    idle_in_transaction_session_timeout: options.statementTimeoutMs,
+    application_name: "rookery-control-plane",
+    types,
+  });
+  pool.on("error", options.onError);
+  const db = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
+  return { db, pool, close: () => db.destroy() };
+}
+
+/** Constraint that an insert or update broke, if that is what `cause` says. */
+export function violatedConstraint(cause: unknown): string | undefined {
+  return cause instanceof pg.DatabaseError && cause.code?.startsWith("23") ? cause.constraint : undefined;
+}
+
+const AWAY_SQLSTATES = /^(08|57P|53300|53400|40001|40P01|55P03|57014)/;
+const AWAY_SYSCALLS = new Set(["ECONNREFUSED", "ECONNRESET", "ENOENT", "ETIMEDOUT", "EPIPE", "EACCES"]);
+/** pg has no code for these. */
+const AWAY_MESSAGES = /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered)/;
+
+/** True when the database, and not the question, is at fault. */
+export function isDatabaseAway(cause: unknown): boolean {
+  if (!(cause instanceof Error)) return false;
+  const code = "code" in cause && typeof cause.code === "string" ? cause.code : "";
+  if (cause instanceof pg.DatabaseError) return AWAY_SQLSTATES.test(code);
+  return AWAY_SYSCALLS.has(code) || AWAY_MESSAGES.test(cause.message);
+}
+
+/** For the border of the services: what callers see of a database that is away. */
+export function asDatabaseError(cause: unknown): unknown {
+  if (!isDatabaseAway(cause)) return cause;
+  return new RookeryError("unavailable", "The database can't be reached; try again shortly.", { cause });
+}

@@ -1,0 +1,133 @@
+/**
+ * Tokens of hosts: one-time registration tokens and rotating refresh tokens.
+ * Only hashes are here. Which of them is good is decided in hosts/credentials.ts;
+ * these functions run inside its transactions.
+ */
+import { sql } from "kysely";
+import type { HostId } from "../model/ids.ts";
+import type { Queryable } from "./database.ts";
+import { interval } from "./sandboxes.ts";
+
+/** Replaces the one that the host had. */
+export async function putRegistrationToken(
+  db: Queryable,
+  hostId: HostId,
+  tokenHash: Buffer,
+  validMs: number,
+): Promise<Date> {
+  const expires_at = sql<Date>`now() + ${interval(validMs)}`;
+  const row = await db
+    .insertInto("host_registration_tokens")
+    .values({ host_id: hostId, token_hash: tokenHash, expires_at })
+    .onConflict((conflict) => conflict.column("host_id").doUpdateSet({ token_hash: tokenHash, expires_at }))
+    .returning("expires_at")
+    .executeTakeFirstOrThrow();
+  return row.expires_at;
+}
+
+/** Its host, once; undefined when it is unknown, used or too old. */
+export async function consumeRegistrationToken(
+  tx: Queryable,
+  tokenHash: Buffer,
+): Promise<HostId | undefined> {
+  const row = await tx
+    .deleteFrom("host_registration_tokens")
+    .where("token_hash", "=", tokenHash)
+    .where("expires_at", ">", sql<Date>`now()`)
+    .returning("host_id")
+    .executeTakeFirst();
+  return row?.host_id as HostId | undefined;
+}
+
+export interface RefreshToken {
+  hash: Buffer;
+  hostId: HostId;
+  isExpired: boolean;
+  /** One of those that it was exchanged for has been shown. */
+  isSucceeded: boolean;
+  epoch: number;
+}
+
+/** Reads it with its host's row locked, so that exchanges of one host are one after another. */
+export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<RefreshToken | undefined> {
+  const found = await tx
+    .selectFrom("host_refresh_tokens")
+    .select("host_id")
+    .where("token_hash", "=", hash)
+    .executeTakeFirst();
+  if (!found) return undefined;
+  const host = await tx
+    .selectFrom("hosts")
+    .select("epoch")
+    .where("id", "=", found.host_id)
+    .forUpdate()
+    .executeTakeFirst();
+  const row = await tx
+    .selectFrom("host_refresh_tokens as token")
+    .select("host_id")
+    .select(sql<boolean>`expires_at <= now()`.as("is_expired"))
+    .select(
+      sql<boolean>`exists (select from host_refresh_tokens child
+        where child.parent_hash = token.token_hash and child.used_at is not null)`.as("is_succeeded"),
+    )
+    .where("token_hash", "=", hash)
+    .executeTakeFirst();
+  if (!host || !row) return undefined;
+  return {
+    hash,
+    hostId: row.host_id as HostId,
+    isExpired: row.is_expired,
+    isSucceeded: row.is_succeeded,
+    epoch: host.epoch,
+  };
+}
+
+export async function insertRefreshToken(
+  tx: Queryable,
+  input: { hash: Buffer; hostId: HostId; parent?: Buffer; validMs: number },
+): Promise<void> {
+  await tx
+    .insertInto("host_refresh_tokens")
+    .values({
+      token_hash: input.hash,
+      host_id: input.hostId,
+      parent_hash: input.parent ?? null,
+      expires_at: sql<Date>`now() + ${interval(input.validMs)}`,
+    })
+    .execute();
+}
+
+export async function markRefreshTokenUsed(tx: Queryable, hash: Buffer): Promise<void> {
+  await tx
+    .updateTable("host_refresh_tokens")
+    .set({ used_at: sql<Date>`coalesce(used_at, now())` })
+    .where("token_hash", "=", hash)
+    .execute();
+}
+
+/** Keeps the newest unused successors of a token: a host that never hears an answer can't fill the table. */
+export async function pruneSuccessors(tx: Queryable, parent: Buffer, keep: number): Promise<void> {
+  await tx
+    .deleteFrom("host_refresh_tokens")
+    .where("token_hash", "in", (query) =>
+      query
+        .selectFrom("host_refresh_tokens")
+        .select("token_hash")
+        .where("parent_hash", "=", parent)
+        .where("used_at", "is", null)
+        .orderBy("created_at", "desc")
+        .offset(keep),
+    )
+    .execute();
+}
+
+/** All of a host's (a new registration, a theft), or only those that are too old. */
+export async function deleteRefreshTokens(
+  tx: Queryable,
+  hostId: HostId,
+  which: "all" | "expired",
+): Promise<void> {
+  let query = tx.deleteFrom("host_refresh_tokens").where("host_id", "=", hostId);
+  if (which === "expired") query = query.where("expires_at", "<=", sql<Date>`now()`);
+  await query.execute();
+}

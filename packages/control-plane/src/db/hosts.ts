@@ -1,0 +1,372 @@
+/**
+ * Hosts: who they are, what they last said, and which replica looks after them.
+ *
+ * Liveness is `pending → online ⇄ unreachable`; draining is a mark beside it,
+ * so that a draining host that was silent for a while still drains.
+ */
+import { type Expression, type Selectable, type SqlBool, sql } from "kysely";
+import type { HostId, TeamId } from "../model/ids.ts";
+import type { Queryable } from "./database.ts";
+import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
+import { interval } from "./sandboxes.ts";
+import type { Hosts } from "./schema.ts";
+
+export interface HostLoad {
+  cpus: number;
+  memoryMbUsed: number;
+  diskMbFree: number;
+  sandboxes: number;
+}
+
+/** What is needed to talk to it. */
+export interface HostEndpoint {
+  id: HostId;
+  address: string;
+  /** Absent: plain HTTP, on loopback only. */
+  certificateFingerprint?: string;
+  /** Of its registration: a host that registers anew may be another machine. */
+  epoch: number;
+}
+
+export interface HostRecord {
+  id: HostId;
+  name: string;
+  type: "shared" | "byoc";
+  teamId?: TeamId;
+  status: "pending" | "online" | "unreachable";
+  draining: boolean;
+  labels: Readonly<Record<string, string>>;
+  address?: string;
+  certificateFingerprint?: string;
+  arch?: string;
+  cpus?: number;
+  memoryMb?: number;
+  diskMb?: number;
+  drivers?: Readonly<Record<string, string>>;
+  version?: string;
+  load?: HostLoad;
+  epoch: number;
+  eventLogId?: string;
+  acknowledgedEvent: bigint;
+  lastHeartbeatAt?: Date;
+  createdAt: Date;
+}
+
+export type HostWithCount = HostRecord & { sandboxes: number };
+
+/** Whose hosts a caller may see: a team's own, or all. */
+export type HostScope = { teamId: TeamId } | "all";
+
+export interface HostFacts {
+  address: string;
+  certificateFingerprint?: string | undefined;
+  publicKey: string;
+  arch: string;
+  cpus: number;
+  memoryMb: number;
+  diskMb: number;
+  drivers: Readonly<Record<string, string>>;
+  version: string;
+}
+
+export async function insertHost(
+  db: Queryable,
+  input: {
+    id: HostId;
+    name: string;
+    type: "shared" | "byoc";
+    teamId?: TeamId | undefined;
+    labels: Readonly<Record<string, string>>;
+  },
+): Promise<void> {
+  await db
+    .insertInto("hosts")
+    .values({
+      id: input.id,
+      name: input.name,
+      type: input.type,
+      team_id: input.teamId ?? null,
+      labels: JSON.stringify(input.labels),
+    })
+    .execute();
+}
+
+export async function findHost(
+  db: Queryable,
+  scope: HostScope,
+  id: HostId,
+): Promise<HostWithCount | undefined> {
+  const row = await db
+    .selectFrom("hosts")
+    .selectAll()
+    .select(liveSandboxes)
+    .where("id", "=", id)
+    .where(inScope(scope))
+    .executeTakeFirst();
+  return row && { ...toHost(row), sandboxes: row.sandboxes };
+}
+
+export async function listHosts(
+  db: Queryable,
+  scope: HostScope,
+  page: PageRequest,
+): Promise<Paged<HostWithCount>> {
+  const rows = await db
+    .selectFrom("hosts")
+    .selectAll()
+    .select(liveSandboxes)
+    .where(inScope(scope))
+    .where(olderThan(page.cursor, "hosts"))
+    .orderBy("created_at", "desc")
+    .orderBy("id", "desc")
+    .limit(page.limit + 1)
+    .execute();
+  return toPage(
+    rows.map((row) => ({ ...toHost(row), sandboxes: row.sandboxes })),
+    page.limit,
+  );
+}
+
+/** Those that may take a sandbox of this team, by age. */
+export async function schedulableHosts(db: Queryable, teamId: TeamId): Promise<HostRecord[]> {
+  const rows = await db
+    .selectFrom("hosts")
+    .selectAll()
+    .where("status", "=", "online")
+    .where("draining", "=", false)
+    .where((eb) => eb.or([eb("team_id", "is", null), eb("team_id", "=", teamId)]))
+    .orderBy("id")
+    .execute();
+  return rows.map(toHost);
+}
+
+/** Undefined: not here, or never registered. */
+export async function findHostEndpoint(
+  db: Queryable,
+  id: HostId,
+): Promise<(HostEndpoint & { status: HostRecord["status"] }) | undefined> {
+  const row = await db
+    .selectFrom("hosts")
+    .select(["id", "address", "certificate_fingerprint", "epoch", "status"])
+    .where("id", "=", id)
+    .executeTakeFirst();
+  if (!row || row.address === null) return undefined;
+  return {
+    id,
+    address: row.address,
+    certificateFingerprint: row.certificate_fingerprint ?? undefined,
+    epoch: row.epoch,
+    status: row.status,
+  };
+}
+
+/** It registered: new facts, and an epoch that older access tokens don't have. Undefined: no such host. */
+export async function recordRegistration(
+  tx: Queryable,
+  id: HostId,
+  facts: HostFacts,
+): Promise<{ epoch: number } | undefined> {
+  return tx
+    .updateTable("hosts")
+    .set((eb) => ({
+      status: "online",
+      address: facts.address,
+      certificate_fingerprint: facts.certificateFingerprint ?? null,
+      public_key: facts.publicKey,
+      arch: facts.arch,
+      cpus: facts.cpus,
+      memory_mb: facts.memoryMb,
+      disk_mb: facts.diskMb,
+      drivers: JSON.stringify(facts.drivers),
+      version: facts.version,
+      epoch: eb("epoch", "+", 1),
+      last_heartbeat_at: sql<Date>`now()`,
+      next_check_at: sql<Date>`now()`,
+    }))
+    .where("id", "=", id)
+    .returning("epoch")
+    .executeTakeFirst();
+}
+
+/** Cuts off every access token that it has. */
+export async function raiseHostEpoch(tx: Queryable, id: HostId): Promise<void> {
+  await tx
+    .updateTable("hosts")
+    .set((eb) => ({ epoch: eb("epoch", "+", 1) }))
+    .where("id", "=", id)
+    .execute();
+}
+
+export interface Heartbeat {
+  load: HostLoad;
+  digest: string;
+  eventLogId: string;
+}
+
+/**
+ * It lives. One that was silent is looked at at once; another event log begins
+ * at its beginning. Undefined: no such host, or the token is of another epoch.
+ */
+export async function recordHeartbeat(
+  db: Queryable,
+  id: HostId,
+  epoch: number,
+  heartbeat: Heartbeat,
+): Promise<{ acknowledgedEvent: bigint; wasSilent: boolean } | undefined> {
+  const row = await db
+    .with("before", (query) =>
+      query.selectFrom("hosts").select(["id", "status"]).where("id", "=", id).where("epoch", "=", epoch).forUpdate(),
+    )
+    .updateTable("hosts")
+    .from("before")
+    .set({
+      status: "online",
+      last_heartbeat_at: sql<Date>`now()`,
+      load: JSON.stringify(heartbeat.load),
+      digest: heartbeat.digest,
+      next_check_at: sql<Date>`case when before.status = 'online' then hosts.next_check_at else now() end`,
+      acknowledged_event: sql<bigint>`case when hosts.event_log_id = ${heartbeat.eventLogId} then hosts.acknowledged_event else 0 end`,
+      event_log_id: heartbeat.eventLogId,
+    })
+    .whereRef("hosts.id", "=", "before.id")
+    .where("hosts.status", "!=", "pending")
+    .returning(["hosts.acknowledged_event", "before.status as before_status"])
+    .executeTakeFirst();
+  return (
+    row && { acknowledgedEvent: row.acknowledged_event, wasSilent: row.before_status === "unreachable" }
+  );
+}
+
+/** Compare-and-set: only if it still is silent for that long, by the database's clock. */
+export async function markHostUnreachable(db: Queryable, id: HostId, silentMs: number): Promise<boolean> {
+  const { numUpdatedRows } = await db
+    .updateTable("hosts")
+    .set({ status: "unreachable" })
+    .where("id", "=", id)
+    .where("status", "=", "online")
+    .where("last_heartbeat_at", "<", sql<Date>`now() - ${interval(silentMs)}`)
+    .executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
+/** Hosts whose check is due, claimed by moving their next one: one replica at a time looks at each. */
+export async function claimDueHosts(
+  db: Queryable,
+  options: { limit: number; everyMs: number },
+): Promise<(HostRecord & { silentMs: number })[]> {
+  const rows = await db
+    .updateTable("hosts")
+    .set({ next_check_at: sql<Date>`now() + ${interval(options.everyMs)}` })
+    .where("id", "in", (query) =>
+      query
+        .selectFrom("hosts")
+        .select("id")
+        .where("status", "!=", "pending")
+        .where("next_check_at", "<=", sql<Date>`now()`)
+        .orderBy("next_check_at")
+        .limit(options.limit)
+        .forUpdate()
+        .skipLocked(),
+    )
+    .returningAll()
+    .returning(sql<number>`extract(epoch from now() - last_heartbeat_at)::float8 * 1000`.as("silent_ms"))
+    .execute();
+  return rows.map((row) => ({ ...toHost(row), silentMs: row.silent_ms }));
+}
+
+/** Online hosts whose events no living replica reads are claimed; our own claims are renewed. */
+export async function claimEventReading(
+  db: Queryable,
+  options: { reader: string; leaseMs: number; limit: number },
+): Promise<HostRecord[]> {
+  const rows = await db
+    .updateTable("hosts")
+    .set({ event_reader: options.reader, event_reader_until: sql<Date>`now() + ${interval(options.leaseMs)}` })
+    .where("id", "in", (query) =>
+      query
+        .selectFrom("hosts")
+        .select("id")
+        .where("status", "=", "online")
+        .where((eb) =>
+          eb.or([
+            eb("event_reader", "=", options.reader),
+            eb("event_reader_until", "is", null),
+            eb("event_reader_until", "<", sql<Date>`now()`),
+          ]),
+        )
+        .orderBy(sql`event_reader is not distinct from ${options.reader}`, "desc")
+        .limit(options.limit)
+        .forUpdate()
+        .skipLocked(),
+    )
+    .returningAll()
+    .execute();
+  return rows.map(toHost);
+}
+
+/** This replica ends: others may read at once. */
+export async function releaseEventReading(db: Queryable, reader: string): Promise<void> {
+  await db
+    .updateTable("hosts")
+    .set({ event_reader: null, event_reader_until: null })
+    .where("event_reader", "=", reader)
+    .execute();
+}
+
+/** The host's log is another than we knew: nothing of it was read. */
+export async function adoptEventLog(db: Queryable, id: HostId, logId: string): Promise<void> {
+  await db
+    .updateTable("hosts")
+    .set({ event_log_id: logId, acknowledged_event: 0n })
+    .where("id", "=", id)
+    .where(sql<boolean>`event_log_id is distinct from ${logId}`)
+    .execute();
+}
+
+/** Goes with the event's effect in one transaction. */
+export async function recordEventRead(
+  tx: Queryable,
+  id: HostId,
+  logId: string,
+  number: bigint,
+): Promise<void> {
+  await tx
+    .updateTable("hosts")
+    .set({ acknowledged_event: sql<bigint>`greatest(acknowledged_event, ${number})` })
+    .where("id", "=", id)
+    .where("event_log_id", "=", logId)
+    .execute();
+}
+
+const liveSandboxes = sql<number>`(select count(*)::int from sandboxes
+  where sandboxes.host_id = hosts.id and sandboxes.status not in ('stopped', 'error'))`.as("sandboxes");
+
+function inScope(scope: HostScope): Expression<SqlBool> {
+  return scope === "all" ? sql<boolean>`true` : sql<boolean>`hosts.team_id = ${scope.teamId}`;
+}
+
+export function toHost(row: Selectable<Hosts>): HostRecord {
+  return {
+    id: row.id as HostId,
+    name: row.name,
+    type: row.type,
+    teamId: (row.team_id ?? undefined) as TeamId | undefined,
+    status: row.status,
+    draining: row.draining,
+    labels: row.labels,
+    address: row.address ?? undefined,
+    certificateFingerprint: row.certificate_fingerprint ?? undefined,
+    arch: row.arch ?? undefined,
+    cpus: row.cpus ?? undefined,
+    memoryMb: row.memory_mb ?? undefined,
+    diskMb: row.disk_mb ?? undefined,
+    drivers: row.drivers ?? undefined,
+    version: row.version ?? undefined,
+    load: row.load ?? undefined,
+    epoch: row.epoch,
+    eventLogId: row.event_log_id ?? undefined,
+    acknowledgedEvent: row.acknowledged_event,
+    lastHeartbeatAt: row.last_heartbeat_at ?? undefined,
+    createdAt: row.created_at,
+  };
+}

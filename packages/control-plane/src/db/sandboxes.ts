@@ -1,0 +1,319 @@
+/**
+ * Sandboxes, read and moved.
+ *
+ * Invariants: a status changes in `moveSandbox` and `loseSandboxesOfHost` only,
+ * by compare-and-set, raising the generation; whatever enters a final status
+ * leaves its team's count in the same statement.
+ */
+import assert from "node:assert/strict";
+import { type Selectable, sql } from "kysely";
+import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
+import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
+import type { Lifetime, Sandbox, SandboxStatus } from "../model/sandbox.ts";
+import type { Queryable } from "./database.ts";
+import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
+import type { Sandboxes } from "./schema.ts";
+
+/** A sandbox with what only the control plane itself needs to know. */
+export interface SandboxRecord extends Sandbox {
+  snapshotId?: SnapshotId;
+  /** Of the last command sent to its host: what the host's events bear. */
+  commandGeneration: bigint;
+  operationDeadline?: Date;
+  /** Of its envd access token. */
+  tokenVersion: number;
+}
+
+/** Where a row stood when it was read: what a compare-and-set compares. */
+export type At = Pick<SandboxRecord, "id" | "status" | "generation">;
+
+export interface NewSandbox extends Lifetime {
+  id: SandboxId;
+  teamId: TeamId;
+  template: string;
+  snapshotId?: SnapshotId | undefined;
+  hostId: HostId;
+  vcpus: number;
+  memoryMb: number;
+  diskMb: number;
+  env: Readonly<Record<string, string>>;
+  metadata: Readonly<Record<string, string>>;
+  deadlineMs: number;
+}
+
+/**
+ * Admits it to its team's quota and to its host in one statement. No row: the
+ * quota is used up, or the host takes no sandboxes any more.
+ */
+export async function insertSandbox(
+  db: Queryable,
+  input: NewSandbox,
+  options: { defaultQuota: number },
+): Promise<SandboxRecord | undefined> {
+  const { rows } = await sql<Selectable<Sandboxes>>`
+    with admitted as (
+      update teams set live_sandboxes = live_sandboxes + 1
+       where id = ${input.teamId} and live_sandboxes < coalesce(max_sandboxes, ${options.defaultQuota})
+         and exists (select from hosts where id = ${input.hostId} and status = 'online' and not draining)
+      returning id
+    )
+    insert into sandboxes (id, team_id, status, operation_deadline, template, snapshot_id, host_id, vcpus,
+      memory_mb, disk_mb, timeout_sec, on_timeout, timeout_mode, env, metadata)
+    select ${input.id}, id, 'starting', now() + ${interval(input.deadlineMs)}, ${input.template},
+      ${input.snapshotId ?? null}, ${input.hostId}, ${input.vcpus}::int, ${input.memoryMb}::int, ${input.diskMb}::int,
+      ${input.timeoutSec}::int, ${input.onTimeout}, ${input.timeoutMode}, ${JSON.stringify(input.env)}::jsonb,
+      ${JSON.stringify(input.metadata)}::jsonb
+      from admitted
+    returning *`.execute(db);
+  return rows[0] && toSandbox(rows[0]);
+}
+
+/** What may change along with a status. What is absent stays; `error` is cleared unless given. */
+export interface MovePatch {
+  /** Needed for a status of work: from now, by the database's clock. */
+  deadlineMs?: number;
+  hostId?: HostId | null;
+  startedAt?: Date | undefined;
+  expiresAt?: Date | null;
+  diskUsedBytes?: number | undefined;
+  error?: { code: string; message: string } | undefined;
+}
+
+/** Compare-and-set: undefined means that the row moved first (or is gone). */
+export async function moveSandbox(
+  db: Queryable,
+  at: At,
+  event: SandboxEvent,
+  patch: MovePatch = {},
+): Promise<SandboxRecord | undefined> {
+  const status = nextStatus(at.status, event);
+  assert(status, `${event} means nothing to a sandbox that is ${at.status}`);
+  assert.equal(isWork(status), patch.deadlineMs !== undefined, `${status} needs a deadline, or has none`);
+  const generation = at.generation + 1n;
+  const { hostId, startedAt, expiresAt, diskUsedBytes, error, deadlineMs } = patch;
+  const moved = db.with("moved", (query) =>
+    query
+      .updateTable("sandboxes")
+      .set({
+        status,
+        generation,
+        operation_deadline: deadlineMs === undefined ? null : sql<Date>`now() + ${interval(deadlineMs)}`,
+        error_code: error?.code ?? null,
+        error_message: error?.message ?? null,
+        ...(isWork(status) && status !== "pending" && { command_generation: generation }),
+        ...(hostId !== undefined && { host_id: hostId }),
+        ...(startedAt && { started_at: sql<Date>`coalesce(started_at, ${startedAt})` }),
+        ...(expiresAt !== undefined && { expires_at: expiresAt }),
+        ...(diskUsedBytes !== undefined && { disk_used_bytes: BigInt(diskUsedBytes) }),
+        ...(isFinal(status) && { ended_at: sql<Date>`now()`, expires_at: null }),
+      })
+      .where("id", "=", at.id)
+      .where("status", "=", at.status)
+      .where("generation", "=", at.generation)
+      .returningAll(),
+  );
+  const counted = isFinal(status)
+    ? moved.with("freed", (query) =>
+        query
+          .updateTable("teams")
+          .from("moved")
+          .set((eb) => ({ live_sandboxes: eb("live_sandboxes", "-", 1) }))
+          .whereRef("teams.id", "=", "moved.team_id")
+          .returning("teams.id"),
+      )
+    : moved;
+  const row = await counted.selectFrom("moved").selectAll().executeTakeFirst();
+  return row && toSandbox(row);
+}
+
+/** The host went silent: all its running sandboxes are `missing`, until it returns. */
+export async function loseSandboxesOfHost(db: Queryable, hostId: HostId): Promise<number> {
+  assert.equal(nextStatus("running", "hostLost"), "missing");
+  const { numUpdatedRows } = await db
+    .updateTable("sandboxes")
+    .set((eb) => ({ status: "missing", generation: eb("generation", "+", 1n) }))
+    .where("host_id", "=", hostId)
+    .where("status", "=", "running")
+    .executeTakeFirst();
+  return Number(numUpdatedRows);
+}
+
+export async function findSandbox(
+  db: Queryable,
+  teamId: TeamId,
+  id: SandboxId,
+): Promise<SandboxRecord | undefined> {
+  const row = await db
+    .selectFrom("sandboxes")
+    .selectAll()
+    .where("id", "=", id)
+    .where("team_id", "=", teamId)
+    .executeTakeFirst();
+  return row && toSandbox(row);
+}
+
+/** Of any team: for hosts' words about it. */
+export async function findSandboxes(db: Queryable, ids: readonly SandboxId[]): Promise<SandboxRecord[]> {
+  if (ids.length === 0) return [];
+  const rows = await db.selectFrom("sandboxes").selectAll().where("id", "in", ids).execute();
+  return rows.map(toSandbox);
+}
+
+export interface SandboxFilter {
+  /** Empty: all that are not final. */
+  statuses: readonly SandboxStatus[];
+  metadata: Readonly<Record<string, string>>;
+}
+
+export async function listSandboxes(
+  db: Queryable,
+  teamId: TeamId,
+  filter: SandboxFilter,
+  page: PageRequest,
+): Promise<Paged<SandboxRecord>> {
+  let query = db
+    .selectFrom("sandboxes")
+    .selectAll()
+    .where("team_id", "=", teamId)
+    .where(olderThan(page.cursor, "sandboxes"))
+    .orderBy("created_at", "desc")
+    .orderBy("id", "desc")
+    .limit(page.limit + 1);
+  query =
+    filter.statuses.length === 0
+      ? query.where(sql<boolean>`status not in ('stopped', 'error')`)
+      : query.where("status", "in", filter.statuses);
+  if (Object.keys(filter.metadata).length > 0) {
+    query = query.where(sql<boolean>`metadata @> ${JSON.stringify(filter.metadata)}::jsonb`);
+  }
+  const rows = await query.execute();
+  return toPage(rows.map(toSandbox), page.limit);
+}
+
+export interface SandboxChange extends Partial<Lifetime> {
+  metadata?: Readonly<Record<string, string>> | undefined;
+  expiresAt?: Date | null;
+}
+
+/** Changes what is no status; final rows are history. */
+export async function changeSandbox(
+  db: Queryable,
+  teamId: TeamId,
+  id: SandboxId,
+  change: SandboxChange,
+): Promise<SandboxRecord | undefined> {
+  const row = await db
+    .updateTable("sandboxes")
+    .set({
+      // So that there always is something to set.
+      id,
+      ...(change.timeoutSec !== undefined && { timeout_sec: change.timeoutSec }),
+      ...(change.onTimeout && { on_timeout: change.onTimeout }),
+      ...(change.timeoutMode && { timeout_mode: change.timeoutMode }),
+      ...(change.metadata && { metadata: JSON.stringify(change.metadata) }),
+      ...(change.expiresAt !== undefined && { expires_at: change.expiresAt }),
+    })
+    .where("id", "=", id)
+    .where("team_id", "=", teamId)
+    .where(sql<boolean>`status not in ('stopped', 'error')`)
+    .returningAll()
+    .executeTakeFirst();
+  return row && toSandbox(row);
+}
+
+/**
+ * Rows whose work should be done long since, claimed for this replica: the
+ * generation is raised, so whoever was at it lost, and the new deadline is how
+ * long we may take to settle it.
+ */
+export async function claimOverdueSandboxes(
+  db: Queryable,
+  options: { limit: number; leaseMs: number },
+): Promise<SandboxRecord[]> {
+  const rows = await db
+    .updateTable("sandboxes")
+    .set((eb) => ({
+      generation: eb("generation", "+", 1n),
+      operation_deadline: sql<Date>`now() + ${interval(options.leaseMs)}`,
+    }))
+    .where("id", "in", (query) =>
+      query
+        .selectFrom("sandboxes")
+        .select("id")
+        .where("operation_deadline", "<", sql<Date>`now()`)
+        .orderBy("operation_deadline")
+        .limit(options.limit)
+        .forUpdate()
+        .skipLocked(),
+    )
+    .returningAll()
+    .execute();
+  return rows.map(toSandbox);
+}
+
+/** Its host is still at work, or silent: the next look is later. False: it moved first. */
+export async function extendDeadline(db: Queryable, at: At, deadlineMs: number): Promise<boolean> {
+  const { numUpdatedRows } = await db
+    .updateTable("sandboxes")
+    .set({ operation_deadline: sql<Date>`now() + ${interval(deadlineMs)}` })
+    .where("id", "=", at.id)
+    .where("status", "=", at.status)
+    .where("generation", "=", at.generation)
+    .executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
+/** The host's share of the truth: what is not final there, by id. */
+export async function liveSandboxesOfHost(
+  db: Queryable,
+  hostId: HostId,
+  page: { after: string; limit: number },
+): Promise<SandboxRecord[]> {
+  const rows = await db
+    .selectFrom("sandboxes")
+    .selectAll()
+    .where("host_id", "=", hostId)
+    .where(sql<boolean>`status not in ('stopped', 'error')`)
+    .where("id", ">", page.after)
+    .orderBy("id")
+    .limit(page.limit)
+    .execute();
+  return rows.map(toSandbox);
+}
+
+/** A span of time for the database's clock. */
+export function interval(ms: number) {
+  return sql<string>`make_interval(secs => ${ms / 1000})`;
+}
+
+function toSandbox(row: Selectable<Sandboxes>): SandboxRecord {
+  return {
+    id: row.id as SandboxId,
+    teamId: row.team_id as TeamId,
+    status: row.status,
+    generation: row.generation,
+    commandGeneration: row.command_generation,
+    template: row.template,
+    snapshotId: (row.snapshot_id ?? undefined) as SnapshotId | undefined,
+    hostId: (row.host_id ?? undefined) as HostId | undefined,
+    vcpus: row.vcpus,
+    memoryMb: row.memory_mb,
+    diskMb: row.disk_mb,
+    timeoutSec: row.timeout_sec,
+    onTimeout: row.on_timeout,
+    timeoutMode: row.timeout_mode,
+    env: row.env,
+    metadata: row.metadata,
+    tokenVersion: row.token_version,
+    createdAt: row.created_at,
+    startedAt: row.started_at ?? undefined,
+    expiresAt: row.expires_at ?? undefined,
+    endedAt: row.ended_at ?? undefined,
+    operationDeadline: row.operation_deadline ?? undefined,
+    error:
+      row.error_code === null || row.error_message === null
+        ? undefined
+        : { code: row.error_code, message: row.error_message },
+    diskUsedBytes: row.disk_used_bytes === null ? undefined : Number(row.disk_used_bytes),
+  };
+}

@@ -1,0 +1,39 @@
+/**
+ * Generates `schema.ts`, the types of every table, from a migrated database:
+ * `node packages/control-plane/src/db/generate-schema.ts`. A test demands that
+ * the committed file is what comes out.
+ */
+import { Cli } from "kysely-codegen";
+
+const JSON_TEXTS = "ColumnType<Readonly<Record<string, string>>, string, string>";
+
+/** What SQL's types can't say: the words of check constraints, and the shapes in JSON columns. */
+const COLUMNS: Record<string, string> = {
+  "api_keys.role": '"member" | "platform"',
+  "hosts.type": '"shared" | "byoc"',
+  "hosts.status": 'Generated<"pending" | "online" | "unreachable">',
+  "hosts.labels": JSON_TEXTS,
+  "hosts.drivers": `${JSON_TEXTS} | null`,
+  "hosts.load":
+    "ColumnType<{ cpus: number; memoryMbUsed: number; diskMbFree: number; sandboxes: number } | null, string | null, string | null>",
+  "snapshots.status": '"creating" | "ready" | "deleting"',
+  "sandboxes.status": "SandboxStatus",
+  "sandboxes.on_timeout": '"pause" | "destroy"',
+  "sandboxes.timeout_mode": '"idle" | "absolute"',
+  "sandboxes.env": JSON_TEXTS,
+  "sandboxes.metadata": JSON_TEXTS,
+};
+
+export async function generateSchemaTypes(url: string, outFile: string): Promise<void> {
+  await new Cli().generate({
+    url,
+    outFile,
+    dialect: "postgres",
+    logLevel: "silent",
+    typeOnlyImports: true,
+    excludePattern: "schema_migrations",
+    typeMapping: { int8: "bigint" },
+    customImports: { SandboxStatus: "../model/sandbox.ts" },
+    overrides: { columns: COLUMNS },
+  });
+}

@@ -1,0 +1,180 @@
+/**
+ * Snapshots: `creating` while a host makes one, `ready` when it may be used,
+ * `deleting` until its host has forgotten it. Only `ready` ones have their name.
+ */
+import { type Selectable, sql } from "kysely";
+import type { HostId, SnapshotId, TeamId } from "../model/ids.ts";
+import type { Queryable } from "./database.ts";
+import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
+import { interval } from "./sandboxes.ts";
+import type { Snapshots } from "./schema.ts";
+
+export interface SnapshotRecord {
+  id: SnapshotId;
+  teamId: TeamId;
+  name: string;
+  hostId: HostId;
+  status: "creating" | "ready" | "deleting";
+  vcpus: number;
+  memoryMb: number;
+  diskMb: number;
+  sizeBytes: number;
+  createdAt: Date;
+}
+
+export const SNAPSHOT_NAME_CONSTRAINT = "snapshots_name";
+
+export async function insertSnapshot(
+  db: Queryable,
+  input: Pick<SnapshotRecord, "id" | "teamId" | "name" | "hostId" | "vcpus" | "memoryMb" | "diskMb"> & {
+    deadlineMs: number;
+  },
+): Promise<void> {
+  await db
+    .insertInto("snapshots")
+    .values({
+      id: input.id,
+      team_id: input.teamId,
+      name: input.name,
+      host_id: input.hostId,
+      status: "creating",
+      vcpus: input.vcpus,
+      memory_mb: input.memoryMb,
+      disk_mb: input.diskMb,
+      operation_deadline: sql<Date>`now() + ${interval(input.deadlineMs)}`,
+    })
+    .execute();
+}
+
+/**
+ * Makes it `ready` under its name, which the one that had it loses when it is
+ * to be replaced. Needs a transaction; breaks SNAPSHOT_NAME_CONSTRAINT when the
+ * name is taken. Undefined: it is not `creating` any more.
+ */
+export async function completeSnapshot(
+  tx: Queryable,
+  id: SnapshotId,
+  made: { vcpus: number; memoryMb: number; diskMb: number; sizeBytes: number },
+  options: { overwrite: boolean },
+): Promise<SnapshotRecord | undefined> {
+  if (options.overwrite) {
+    await tx
+      .updateTable("snapshots as old")
+      .from("snapshots as new")
+      .set({ status: "deleting", operation_deadline: sql<Date>`now()` })
+      .where("new.id", "=", id)
+      .where("new.status", "=", "creating")
+      .whereRef("old.team_id", "=", "new.team_id")
+      .whereRef("old.name", "=", "new.name")
+      .where("old.status", "=", "ready")
+      .execute();
+  }
+  const row = await tx
+    .updateTable("snapshots")
+    .set({
+      status: "ready",
+      operation_deadline: null,
+      vcpus: made.vcpus,
+      memory_mb: made.memoryMb,
+      disk_mb: made.diskMb,
+      size_bytes: BigInt(made.sizeBytes),
+    })
+    .where("id", "=", id)
+    .where("status", "=", "creating")
+    .returningAll()
+    .executeTakeFirst();
+  return row && toSnapshot(row);
+}
+
+export async function findSnapshot(
+  db: Queryable,
+  teamId: TeamId,
+  nameOrId: string,
+): Promise<SnapshotRecord | undefined> {
+  const row = await db
+    .selectFrom("snapshots")
+    .selectAll()
+    .where("team_id", "=", teamId)
+    .where("status", "=", "ready")
+    .where((eb) => eb.or([eb("id", "=", nameOrId), eb("name", "=", nameOrId)]))
+    // An id can't be a name: names are up to 63 characters of another alphabet, yet one may look like an id.
+    .orderBy(sql`id = ${nameOrId}`, "desc")
+    .executeTakeFirst();
+  return row && toSnapshot(row);
+}
+
+export async function listSnapshots(
+  db: Queryable,
+  teamId: TeamId,
+  page: PageRequest,
+): Promise<Paged<SnapshotRecord>> {
+  const rows = await db
+    .selectFrom("snapshots")
+    .selectAll()
+    .where("team_id", "=", teamId)
+    .where("status", "=", "ready")
+    .where(olderThan(page.cursor, "snapshots"))
+    .orderBy("created_at", "desc")
+    .orderBy("id", "desc")
+    .limit(page.limit + 1)
+    .execute();
+  return toPage(rows.map(toSnapshot), page.limit);
+}
+
+/** From here on nobody can use it; false when it was `deleting` already or is not there. */
+export async function markSnapshotDeleting(
+  db: Queryable,
+  id: SnapshotId,
+  deadlineMs: number,
+): Promise<boolean> {
+  const { numUpdatedRows } = await db
+    .updateTable("snapshots")
+    .set({ status: "deleting", operation_deadline: sql<Date>`now() + ${interval(deadlineMs)}` })
+    .where("id", "=", id)
+    .where("status", "!=", "deleting")
+    .executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
+/** Its host has forgotten it. */
+export async function removeSnapshot(db: Queryable, id: SnapshotId): Promise<void> {
+  await db.deleteFrom("snapshots").where("id", "=", id).where("status", "=", "deleting").execute();
+}
+
+/** Unfinished ones whose replica died, and those whose deletion did not get through: all are to be deleted. */
+export async function claimOverdueSnapshots(
+  db: Queryable,
+  options: { limit: number; leaseMs: number },
+): Promise<SnapshotRecord[]> {
+  const rows = await db
+    .updateTable("snapshots")
+    .set({ status: "deleting", operation_deadline: sql<Date>`now() + ${interval(options.leaseMs)}` })
+    .where("id", "in", (query) =>
+      query
+        .selectFrom("snapshots")
+        .select("id")
+        .where("operation_deadline", "<", sql<Date>`now()`)
+        .orderBy("operation_deadline")
+        .limit(options.limit)
+        .forUpdate()
+        .skipLocked(),
+    )
+    .returningAll()
+    .execute();
+  return rows.map(toSnapshot);
+}
+
+export function toSnapshot(row: Selectable<Snapshots>): SnapshotRecord {
+  return {
+    id: row.id as SnapshotId,
+    teamId: row.team_id as TeamId,
+    name: row.name,
+    hostId: row.host_id as HostId,
+    status: row.status,
+    vcpus: row.vcpus,
+    memoryMb: row.memory_mb,
+    diskMb: row.disk_mb,
+    sizeBytes: Number(row.size_bytes),
+    createdAt: row.created_at,
+  };
+}

@@ -1,0 +1,41 @@
+/**
+ * New ids, drawn from injected randomness so that a simulated run replays.
+ *
+ * Each character is one of 36, without bias: bytes of 252 and above are thrown
+ * away (252 = 7 * 36). 18 characters hold 93 bits.
+ */
+import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "./ids.ts";
+
+export type Random = (size: number) => Uint8Array;
+
+export interface NewIds {
+  sandbox(): SandboxId;
+  snapshot(): SnapshotId;
+  host(): HostId;
+  team(): TeamId;
+  apiKey(): ApiKeyId;
+  /** For what has no brand of its own: clusters, families of tokens, claims. */
+  text(size: number): string;
+}
+
+const ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789";
+
+export function newIds(random: Random): NewIds {
+  const text = (size: number): string => {
+    let out = "";
+    while (out.length < size) {
+      for (const byte of random(size + 8)) {
+        if (byte < 252 && out.length < size) out += ALPHABET[byte % 36];
+      }
+    }
+    return out;
+  };
+  return {
+    sandbox: () => `sb${text(18)}` as SandboxId,
+    snapshot: () => `snap-${text(20)}` as SnapshotId,
+    host: () => `host-${text(20)}` as HostId,
+    team: () => `team-${text(20)}` as TeamId,
+    apiKey: () => `key-${text(20)}` as ApiKeyId,
+    text,
+  };
+}

@@ -1,0 +1,86 @@
+/**
+ * The life of a sandbox: one table is diagram, guard and generator.
+ *
+ * A status of WORK means that someone is at it and that the row has a deadline:
+ * past it, any replica may settle the row. FINAL statuses have no way out.
+ * `missing` is reversible: its host went silent.
+ *
+ * Events are either commands (`pause`, `resume`, `destroy`, `assign`), a host's
+ * word about what is (`seen…`, `gone`, `died`), or a verdict about a host
+ * (`hostLost`). A pause that failed is `pausing` + `seenRunning`.
+ */
+import type { SandboxStatus } from "./sandbox.ts";
+
+export type SandboxEvent =
+  /** A host was chosen and is told to make it. */
+  | "assign"
+  /** The host had no room, or did not answer: another one is looked for. */
+  | "refused"
+  | "pause"
+  | "resume"
+  | "destroy"
+  | "seenRunning"
+  | "seenPaused"
+  /** Its host holds nothing of it any more, as one who was told to end it. */
+  | "gone"
+  /** It can't be brought back. */
+  | "died"
+  | "hostLost";
+
+export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxStatus>>> = {
+  pending: { assign: "starting", died: "error", destroy: "stopping" },
+  starting: {
+    seenRunning: "running",
+    seenPaused: "paused",
+    refused: "pending",
+    died: "error",
+    hostLost: "missing",
+    destroy: "stopping",
+  },
+  running: {
+    pause: "pausing",
+    seenPaused: "paused",
+    gone: "stopped",
+    died: "error",
+    hostLost: "missing",
+    destroy: "stopping",
+  },
+  pausing: {
+    seenPaused: "paused",
+    seenRunning: "running",
+    gone: "stopped",
+    died: "error",
+    hostLost: "missing",
+    destroy: "stopping",
+  },
+  paused: { resume: "resuming", seenRunning: "running", gone: "stopped", died: "error", destroy: "stopping" },
+  resuming: {
+    seenRunning: "running",
+    seenPaused: "paused",
+    gone: "stopped",
+    died: "error",
+    hostLost: "missing",
+    destroy: "stopping",
+  },
+  missing: {
+    seenRunning: "running",
+    seenPaused: "paused",
+    gone: "stopped",
+    died: "error",
+    destroy: "stopping",
+  },
+  stopping: { gone: "stopped" },
+  stopped: {},
+  error: {},
+};
+
+const WORK: ReadonlySet<SandboxStatus> = new Set(["pending", "starting", "pausing", "resuming", "stopping"]);
+const FINAL: ReadonlySet<SandboxStatus> = new Set(["stopped", "error"]);
+
+export const isWork = (status: SandboxStatus): boolean => WORK.has(status);
+export const isFinal = (status: SandboxStatus): boolean => FINAL.has(status);
+
+/** Where `event` leads, or undefined when it means nothing in this status. */
+export function nextStatus(status: SandboxStatus, event: SandboxEvent): SandboxStatus | undefined {
+  return NEXT[status][event];
+}
