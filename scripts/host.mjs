@@ -4,7 +4,6 @@
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { join } from "node:path";
 import { agentCommand, agentEnv, productPaths } from "./bootstrap/paths.mjs";
 import { ensureBundles, prepareTools } from "./bootstrap/prepare.mjs";
 import { say } from "./bootstrap/progress.mjs";

@@ -11,15 +11,12 @@ import { cp, link, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import { apiClient } from "./bootstrap/api.mjs";
-import { agentCommand, agentEnv, isRoot, productPaths, repoDir } from "./bootstrap/paths.mjs";
+import { agentCommand, agentEnv, productPaths, repoDir, serviceUid } from "./bootstrap/paths.mjs";
 import { ensureBundles, ensureDebianPackages, prepareTools } from "./bootstrap/prepare.mjs";
 import { livePid, startDetached, stop, until } from "./bootstrap/processes.mjs";
 import { say, step } from "./bootstrap/progress.mjs";
 import { StepError, run } from "./bootstrap/run.mjs";
 import { stopProduct } from "./bootstrap/stop.mjs";
-
-/** Runs the database and the control plane when `up` is root; it owns nothing else. */
-const SERVICE_UID = 64750;
 
 const { values: flags } = parseArgs({ options: { detach: { type: "boolean", default: false } } });
 const paths = productPaths();
@@ -104,7 +101,7 @@ async function placeServicePrograms(node) {
     await cp(bundle, programs, { recursive: true });
     await run(["chmod", "-R", "u=rwX,go=rX", programs]);
   }
-  return { node: serviceNode, programs, uid: isRoot ? SERVICE_UID : undefined };
+  return { node: serviceNode, programs, uid: serviceUid };
 }
 
 function isSameProgram(from, to) {

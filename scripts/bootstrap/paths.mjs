@@ -13,6 +13,8 @@ import { fileURLToPath } from "node:url";
 
 export const repoDir = resolve(fileURLToPath(new URL("../..", import.meta.url)));
 export const isRoot = process.getuid?.() === 0;
+/** Runs the database and the control plane when `up` is root; it owns nothing else on the machine. */
+export const serviceUid = isRoot ? 64750 : undefined;
 
 /** @param {NodeJS.ProcessEnv} env */
 export function productPaths(env = process.env) {

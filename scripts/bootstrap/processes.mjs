@@ -4,7 +4,7 @@
  * to another program is never signalled.
  */
 import { spawn } from "node:child_process";
-import { closeSync, openSync, readFileSync, readlinkSync, rmSync, writeFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { StepError } from "./run.mjs";
@@ -108,9 +108,4 @@ export async function until(paths, name, { what, timeoutMs, probe }) {
     }
     await delay(50);
   }
-}
-
-/** The executable behind a pid, for `down`'s report. */
-export function executableOf(pid) {
-  return readlinkSync(`/proc/${pid}/exe`);
 }

@@ -1,7 +1,7 @@
 /** `down`: everything that `up` started ends, sandboxes first, in the reverse order. */
 import { existsSync } from "node:fs";
 import { join } from "node:path";
-import { agentCommand, agentEnv, isRoot } from "./paths.mjs";
+import { agentCommand, agentEnv, serviceUid } from "./paths.mjs";
 import { NODE_VERSION } from "./prepare.mjs";
 import { livePid, stop } from "./processes.mjs";
 import { say, step } from "./progress.mjs";
@@ -32,7 +32,7 @@ export async function stopProduct(paths) {
           ...["--data-dir", paths.serviceDir],
           ...["--socket-dir", join(paths.runtimeDir, "pg")],
           ...["--pid-file", join(paths.runDir, "postgres.pid")],
-          ...(isRoot ? ["--uid", "64750"] : []),
+          ...(serviceUid === undefined ? [] : ["--uid", String(serviceUid)]),
         ],
         { note },
       ),
