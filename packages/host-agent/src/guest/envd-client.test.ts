@@ -290,7 +290,7 @@ test("what the guest refuses has the code of its cause", async () => {
   for (const [code, overrides, expected] of cases) {
     refusal = JSON.stringify({ error: { code, message: "wo\u001brds\u202e" } });
     const error = await exec(fake.target, overrides).then(
-      assert.fail,
+      () => assert.fail("it was not refused"),
       (error: Error & { code: string }) => error,
     );
     assert.equal(error.code, expected);
