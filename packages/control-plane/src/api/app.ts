@@ -1,0 +1,130 @@
+/**
+ * The REST API as one Fastify application over the services.
+ *
+ * Requests pass, in this order: the path and query's encoding, who calls, the
+ * body's reading, the schemas, the handler. Whatever fails, wherever, becomes an
+ * answer in error-answer.ts.
+ */
+import helmet from "@fastify/helmet";
+import { RookeryError } from "@rookery/protocol/errors";
+import Fastify, { LogController } from "fastify";
+import { randomUUID } from "node:crypto";
+import { Registry } from "prom-client";
+import type { Services } from "../service/services.ts";
+import { authenticateRequests } from "./authentication.ts";
+import { DEFAULT_LIMITS } from "./context.ts";
+import type { Api, ApiLimits, ApiOptions } from "./context.ts";
+import { answerClientError, answerError } from "./error-answer.ts";
+import { refuseUnwantedKeys } from "./idempotency.ts";
+import { acceptJson } from "./json-body.ts";
+import { describeApi } from "./openapi.ts";
+import { CONTENT_POLICY, servePages, sourceAssets } from "./pages.ts";
+import { observeRequests } from "./request-log.ts";
+import { execRoutes } from "./routes/exec.ts";
+import { readFileRoute, writeFileRoute } from "./routes/files.ts";
+import { hostAgentRoutes, hostRoutes } from "./routes/hosts.ts";
+import { operationRoutes } from "./routes/operations.ts";
+import { sandboxRoutes } from "./routes/sandboxes.ts";
+import { snapshotRoutes } from "./routes/snapshots.ts";
+import { teamRoutes } from "./routes/teams.ts";
+import { answerUnknownRoutes } from "./unknown-routes.ts";
+import { compileSerializer, compileValidator } from "./validation.ts";
+
+export type { Api, ApiLimits, ApiOptions } from "./context.ts";
+export type { AssetDirectories } from "./pages.ts";
+
+/** Not yet listening: call listen(), or inject() in tests. */
+export async function buildApi(services: Services, options: ApiOptions): Promise<Api> {
+  const limits = { ...DEFAULT_LIMITS, ...options.limits };
+  const registry = options.metrics ?? new Registry();
+  const app = openApp(options, limits);
+
+  app.setValidatorCompiler(compileValidator);
+  app.setSerializerCompiler(compileSerializer);
+  app.setErrorHandler(answerError);
+  answerUnknownRoutes(app);
+  observeRequests(app, registry);
+  app.addHook("onRequest", async (request, reply) => {
+    reply.header("x-request-id", request.id).header("cache-control", "no-store");
+  });
+  await app.register(helmet, {
+    contentSecurityPolicy: { useDefaults: false, directives: CONTENT_POLICY },
+    // Whether clients come by TLS is the business of what stands before us.
+    strictTransportSecurity: false,
+  });
+  refuseMalformedRequests(app);
+  refuseWhenClosing(app);
+  acceptJson(app, limits);
+  await authenticateRequests(app, services, limits);
+  refuseUnwantedKeys(app);
+  await describeApi(app, options.version);
+
+  await app.register(async (scope: Api) => {
+    await sandboxRoutes(scope, services);
+    await execRoutes(scope, services);
+    await readFileRoute(scope, services);
+    await snapshotRoutes(scope, services);
+    await teamRoutes(scope, services);
+    await hostRoutes(scope, services);
+    await hostAgentRoutes(scope, services);
+    await operationRoutes(scope, services, registry);
+  });
+  await app.register((scope: Api) => writeFileRoute(scope, services, limits));
+  await app.register((scope: Api) => servePages(scope, options.version, options.assets ?? sourceAssets()));
+  return app;
+}
+
+function openApp(options: ApiOptions, limits: ApiLimits): Api {
+  const app = Fastify({
+    loggerInstance: options.logger,
+    logController: new LogController({ disableRequestLogging: true, requestIdLogLabel: "request" }),
+    genReqId: () => randomUUID(),
+    requestIdHeader: false,
+    trustProxy: false,
+    bodyLimit: limits.bodyBytes,
+    keepAliveTimeout: limits.keepAliveTimeoutMs,
+    // Uploads and long commands may take their time; bodies have limits of their own (json-body.ts, upload.ts).
+    requestTimeout: 0,
+    return503OnClosing: false,
+    // So that an overlong id goes the way of every malformed one.
+    routerOptions: { maxParamLength: limits.headerBytes },
+    frameworkErrors: (error, request, reply) => {
+      answerError(error, request, reply);
+    },
+    clientErrorHandler: answerClientError,
+    http: {
+      maxHeaderSize: limits.headerBytes,
+      headersTimeout: limits.headersTimeoutMs,
+      connectionsCheckingInterval: Math.min(5_000, limits.headersTimeoutMs),
+    },
+  }) as unknown as Api;
+  app.server.maxConnections = limits.connections;
+  return app;
+}
+
+function refuseMalformedRequests(app: Api): void {
+  app.addHook("onRequest", async ({ url, headers }) => {
+    const query = url.indexOf("?");
+    if (query !== -1 && url.includes("%", query)) {
+      try {
+        decodeURIComponent(url.slice(query));
+      } catch (cause) {
+        throw new RookeryError("invalid_request", "the query is not correctly percent-encoded", { cause });
+      }
+    }
+    const encoding = headers["content-encoding"];
+    if (encoding !== undefined && encoding !== "identity") {
+      throw new RookeryError("unsupported_media_type", "send the body without a Content-Encoding");
+    }
+  });
+}
+
+function refuseWhenClosing(app: Api): void {
+  let isClosing = false;
+  app.addHook("preClose", async () => {
+    isClosing = true;
+  });
+  app.addHook("onRequest", async () => {
+    if (isClosing) throw new RookeryError("unavailable", "this server is shutting down");
+  });
+}

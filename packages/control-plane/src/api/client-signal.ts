@@ -1,0 +1,14 @@
+/** Ends when the caller went away before it had its answer. */
+import type { FastifyReply } from "fastify";
+
+export class ClientGone extends Error {
+  override readonly name = "ClientGone";
+}
+
+export function clientSignal({ raw }: FastifyReply): AbortSignal {
+  const controller = new AbortController();
+  raw.once("close", () => {
+    if (!raw.writableFinished) controller.abort(new ClientGone("the caller closed the connection"));
+  });
+  return controller.signal;
+}

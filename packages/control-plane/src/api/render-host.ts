@@ -1,0 +1,41 @@
+/** Hosts, as JSON shows them. */
+import type { z } from "zod";
+import type { Host, Page } from "../service/services.ts";
+import type { Host as HostSchema, HostPage, HostRegistrationToken } from "./schemas/hosts.ts";
+
+export function renderHost(host: Host): z.output<typeof HostSchema> {
+  return {
+    id: host.id,
+    name: host.name,
+    type: host.type,
+    team_id: host.teamId,
+    status: host.status,
+    address: host.address,
+    arch: host.arch,
+    cpus: host.cpus,
+    memory_mb: host.memoryMb,
+    disk_mb: host.diskMb,
+    drivers: host.drivers,
+    version: host.version,
+    labels: host.labels,
+    sandboxes: host.sandboxes,
+    last_heartbeat_at: host.lastHeartbeatAt?.toISOString(),
+    created_at: host.createdAt.toISOString(),
+  };
+}
+
+export function renderHostPage({ items, nextCursor }: Page<Host>): z.output<typeof HostPage> {
+  return { items: items.map(renderHost), next_cursor: nextCursor };
+}
+
+export function renderRegistrationToken(made: {
+  host: Host;
+  registrationToken: string;
+  expiresAt: Date;
+}): z.output<typeof HostRegistrationToken> {
+  return {
+    host: renderHost(made.host),
+    registration_token: made.registrationToken,
+    expires_at: made.expiresAt.toISOString(),
+  };
+}

@@ -1,0 +1,23 @@
+/** The one shape of a failed call's answer. */
+import { ERRORS } from "@rookery/protocol/errors";
+import type { ErrorCode } from "@rookery/protocol/errors";
+import { z } from "zod";
+
+const codes = Object.keys(ERRORS) as [ErrorCode, ...ErrorCode[]];
+
+export const ErrorCodeSchema = z
+  .enum(codes)
+  .meta({ id: "ErrorCode", description: "One code per cause. docs/errors.md says what each means." });
+
+export const ErrorAnswer = z
+  .object({
+    error: z.object({
+      code: ErrorCodeSchema,
+      message: z.string().describe("What failed and what to do next. For people: never decide by it."),
+      details: z
+        .record(z.string(), z.unknown())
+        .optional()
+        .describe("Facts of the cause, such as field and reason, or status."),
+    }),
+  })
+  .meta({ id: "Error" });

@@ -1,0 +1,98 @@
+/**
+ * Hosts, as people and agents speak of them.
+ *
+ * What agents send is read leniently: an agent may be newer than its control
+ * plane, and a heartbeat refused for an unknown field would in the end make the
+ * agent pause every sandbox it has.
+ */
+import { z } from "zod";
+import { ID_PATTERNS } from "../../model/ids.ts";
+import { label, metadataMap, pageOf, text, textMap, Time } from "./common.ts";
+
+export const HostParams = z.object({ id: z.string().regex(ID_PATTERNS.host) });
+
+const hostType = z.enum(["shared", "byoc"]);
+
+export const Host = z
+  .object({
+    id: z.string(),
+    name: z.string(),
+    type: hostType,
+    team_id: z.string().optional(),
+    status: z.enum(["pending", "online", "unreachable", "draining"]),
+    address: z.string().optional(),
+    arch: z.string().optional(),
+    cpus: z.int().optional(),
+    memory_mb: z.int().optional(),
+    disk_mb: z.int().optional(),
+    drivers: z.record(z.string(), z.string()).optional(),
+    version: z.string().optional(),
+    labels: z.record(z.string(), z.string()),
+    sandboxes: z.int().describe("How many of its sandboxes are not final."),
+    last_heartbeat_at: Time.optional(),
+    created_at: Time,
+  })
+  .meta({ id: "Host" });
+
+export const HostPage = pageOf(Host).meta({ id: "HostPage" });
+
+export const CreateHost = z
+  .strictObject({ name: label(128), type: hostType, labels: metadataMap.default(() => ({})) })
+  .meta({ id: "CreateHost" });
+
+export const HostRegistrationToken = z
+  .object({ host: Host, registration_token: z.string().describe("Good once."), expires_at: Time })
+  .meta({ id: "HostRegistrationToken" });
+
+const token = text({ min: 1, max: 4096 });
+const count = z.int().min(0);
+
+export const RegisterHost = z
+  .object({
+    token,
+    address: text({ min: 1, max: 512 }),
+    certificate_fingerprint: z
+      .string()
+      .regex(/^[0-9a-f]{64}$/, "must be the SHA-256 of the certificate, 64 hex digits")
+      .optional(),
+    public_key: text({ min: 1, max: 1024 }).regex(/^[A-Za-z0-9+/]+={0,2}$/, "must be SPKI in base64"),
+    arch: label(32),
+    cpus: z.int().min(1).max(65_536),
+    memory_mb: z.int().min(1),
+    disk_mb: z.int().min(1),
+    drivers: textMap({ maxValueLength: 128 }),
+    version: label(128),
+  })
+  .meta({ id: "RegisterHost" });
+
+export const Registration = z
+  .object({
+    host_id: z.string(),
+    cluster_id: z.string(),
+    access_token: z.string(),
+    refresh_token: z.string(),
+    control_plane_key: z.string(),
+  })
+  .meta({ id: "HostRegistration" });
+
+export const Heartbeat = z
+  .object({
+    load: z.object({
+      cpus: z.number().min(0),
+      memory_mb_used: count,
+      disk_mb_free: count,
+      sandboxes: count,
+    }),
+    digest: text({ max: 256 }),
+    event_log_id: text({ max: 128 }),
+    last_event_number: count,
+  })
+  .meta({ id: "Heartbeat" });
+
+export const HeartbeatAnswer = z.object({ acknowledged_event: z.int() }).meta({ id: "HeartbeatAnswer" });
+
+export const RefreshTokens = z.object({ refresh_token: token }).meta({ id: "RefreshTokens" });
+
+export const RefreshedTokens = z
+  .object({ access_token: z.string(), refresh_token: z.string() })
+  .meta({ id: "RefreshedTokens" });
