@@ -1,0 +1,157 @@
+/**
+ * The three calls that an agent makes to its control plane (API.md, Hosts).
+ *
+ * Answers are bounded and parsed. A 401 or 403 is `TokenRefused`; whatever else
+ * goes wrong says nothing about trust and is worth another try.
+ */
+import { request } from "undici";
+import { z } from "zod";
+
+/** The control plane answered that it does not accept the token that was shown. */
+export class TokenRefused extends Error {
+  override readonly name = "TokenRefused";
+}
+
+export interface HostDescription {
+  address: string;
+  /** Ed25519, SPKI (DER) in base64. */
+  publicKey: string;
+  arch: string;
+  cpus: number;
+  memoryMb: number;
+  diskMb: number;
+  drivers: Readonly<Record<string, string>>;
+  version: string;
+}
+
+export interface Heartbeat {
+  load: { cpus: number; memoryMbUsed: number; diskMbFree: number; sandboxes: number };
+  digest: string;
+  eventLogId: string;
+  lastEventNumber: bigint;
+}
+
+const registrationSchema = z.object({
+  host_id: z.string(),
+  cluster_id: z.string(),
+  access_token: z.string(),
+  refresh_token: z.string(),
+  control_plane_key: z.string(),
+});
+const heartbeatSchema = z.object({ acknowledged_event: z.int().min(0).transform(BigInt) });
+const refreshSchema = z.object({ access_token: z.string().min(1), refresh_token: z.string().min(1) });
+const failureSchema = z.object({ error: z.object({ code: z.string(), message: z.string() }) });
+
+const MAX_ANSWER_BYTES = 64 << 10;
+
+export class ControlPlaneClient {
+  readonly #url: string;
+  readonly #timeoutMs: number;
+
+  constructor(url: string, options: { timeoutMs: number }) {
+    this.#url = url;
+    this.#timeoutMs = options.timeoutMs;
+  }
+
+  register(
+    token: string,
+    host: HostDescription,
+    signal: AbortSignal,
+  ): Promise<z.output<typeof registrationSchema>> {
+    const body = {
+      token,
+      address: host.address,
+      public_key: host.publicKey,
+      arch: host.arch,
+      cpus: host.cpus,
+      memory_mb: host.memoryMb,
+      disk_mb: host.diskMb,
+      drivers: host.drivers,
+      version: host.version,
+    };
+    return this.#post("/v1/hosts/register", { body, answer: registrationSchema }, signal);
+  }
+
+  async heartbeat(
+    hostId: string,
+    accessToken: string,
+    { load, digest, eventLogId, lastEventNumber }: Heartbeat,
+    signal: AbortSignal,
+  ): Promise<{ acknowledgedEvent: bigint }> {
+    const body = {
+      load: {
+        cpus: load.cpus,
+        memory_mb_used: load.memoryMbUsed,
+        disk_mb_free: load.diskMbFree,
+        sandboxes: load.sandboxes,
+      },
+      digest,
+      event_log_id: eventLogId,
+      last_event_number: Number(lastEventNumber),
+    };
+    const answer = await this.#post(
+      `/v1/hosts/${hostId}/heartbeat`,
+      { body, answer: heartbeatSchema, accessToken },
+      signal,
+    );
+    return { acknowledgedEvent: answer.acknowledged_event };
+  }
+
+  async refresh(
+    refreshToken: string,
+    signal: AbortSignal,
+  ): Promise<{ accessToken: string; refreshToken: string }> {
+    const body = { refresh_token: refreshToken };
+    const answer = await this.#post("/v1/hosts/auth/refresh", { body, answer: refreshSchema }, signal);
+    return { accessToken: answer.access_token, refreshToken: answer.refresh_token };
+  }
+
+  async #post<S extends z.ZodType>(
+    path: string,
+    call: { body: unknown; answer: S; accessToken?: string },
+    signal: AbortSignal,
+  ): Promise<z.output<S>> {
+    const limit = AbortSignal.any([signal, AbortSignal.timeout(this.#timeoutMs)]);
+    const { statusCode, body } = await request(new URL(path, this.#url), {
+      method: "POST",
+      headers: {
+        "content-type": "application/json",
+        ...(call.accessToken === undefined ? {} : { authorization: `Bearer ${call.accessToken}` }),
+      },
+      body: JSON.stringify(call.body),
+      signal: limit,
+    });
+    const answer = parseAnswer(await readText(body));
+    if (statusCode === 401 || statusCode === 403) throw new TokenRefused(wordsOf(path, statusCode, answer));
+    if (statusCode < 200 || statusCode > 299) throw new Error(wordsOf(path, statusCode, answer));
+    const parsed = call.answer.safeParse(answer);
+    if (!parsed.success) throw new Error(`${path}: the answer is not understood: ${parsed.error.message}`);
+    return parsed.data;
+  }
+}
+
+async function readText(body: AsyncIterable<Uint8Array>): Promise<string> {
+  const parts: Uint8Array[] = [];
+  let length = 0;
+  for await (const part of body) {
+    length += part.byteLength;
+    if (length > MAX_ANSWER_BYTES) throw new Error("the control plane's answer is too long");
+    parts.push(part);
+  }
+  return Buffer.concat(parts).toString("utf8");
+}
+
+/** undefined for what is no JSON, such as the page of a proxy in between. */
+function parseAnswer(text: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return undefined;
+  }
+}
+
+function wordsOf(path: string, status: number, answer: unknown): string {
+  const failure = failureSchema.safeParse(answer);
+  const words = failure.success ? `${failure.data.error.code}: ${failure.data.error.message}` : "";
+  return `${path}: ${status} ${words}`.trimEnd();
+}

@@ -1,0 +1,318 @@
+import { strict as assert } from "node:assert";
+import { generateKeyPairSync } from "node:crypto";
+import { mkdtemp, readFile, stat } from "node:fs/promises";
+import { createServer } from "node:http";
+import type { Server } from "node:http";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { SignJWT } from "jose";
+import { afterEach, beforeEach, expect, test } from "vitest";
+import { removeTree } from "../host/atomic-file.ts";
+import { systemClock } from "../sandbox-manager/clock.ts";
+import { ControlPlaneClient } from "./control-plane-client.ts";
+import { ControlPlaneLink, REFRESH_FAILPOINTS } from "./control-plane-link.ts";
+import type { LinkDeps } from "./control-plane-link.ts";
+import { CredentialStore } from "./credentials.ts";
+import { REGISTER_FAILPOINTS, registerHost } from "./register.ts";
+import { digestOfSandboxes } from "./sandbox-digest.ts";
+
+const HOST_ID = "host-abcdefghijklmnopqrst";
+const { publicKey, privateKey } = generateKeyPairSync("ed25519");
+const controlPlaneKey = publicKey.export({ format: "der", type: "spki" }).toString("base64");
+const signal = new AbortController().signal;
+
+/** A control plane that follows the rules of rotation; `fails` and `accepts` make it misbehave. */
+class FakeControlPlane {
+  calls: { path: string; authorization: string | undefined; body: Record<string, unknown> }[] = [];
+  accepts = new Set<string>();
+  /** The refresh token in use, and its successor that was made but not shown yet. */
+  family: string[] = ["refresh-0"];
+  fails: number | "hang" | "garbage" | "endless" | undefined;
+  acknowledged = 0;
+  nowSec = () => Math.floor(Date.now() / 1000);
+  #server: Server | undefined;
+  url = "";
+
+  async start(): Promise<void> {
+    this.#server = createServer((request, response) => {
+      const parts: Buffer[] = [];
+      request.on("data", (part: Buffer) => parts.push(part));
+      request.on("end", () => {
+        const body = JSON.parse(Buffer.concat(parts).toString()) as Record<string, unknown>;
+        this.calls.push({ path: request.url!, authorization: request.headers.authorization, body });
+        if (this.fails === "hang") return;
+        if (this.fails === "garbage") return void response.end("<html>");
+        if (this.fails === "endless") {
+          const feed = (): void => {
+            while (!response.destroyed && response.write("x".repeat(10_000))) continue;
+          };
+          response.on("drain", feed);
+          return feed();
+        }
+        if (this.fails !== undefined) return void response.writeHead(this.fails).end();
+        void this.#answer(request.url!, request.headers.authorization, body).then(
+          (answer) => response.end(JSON.stringify(answer)),
+          () => response.writeHead(401).end('{"error":{"code":"invalid_token","message":"no"}}'),
+        );
+      });
+    });
+    await new Promise<void>((resolve) => this.#server!.listen(0, "127.0.0.1", resolve));
+    this.url = `http://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
+  }
+
+  async stop(): Promise<void> {
+    this.#server!.closeAllConnections();
+    await new Promise((resolve) => this.#server!.close(resolve));
+  }
+
+  async accessToken(lifeSec = 1000): Promise<string> {
+    const token = await new SignJWT({ jti: String(this.accepts.size) })
+      .setProtectedHeader({ alg: "EdDSA" })
+      .setIssuedAt(this.nowSec())
+      .setExpirationTime(this.nowSec() + lifeSec)
+      .sign(privateKey);
+    this.accepts.add(token);
+    return token;
+  }
+
+  async #answer(
+    path: string,
+    authorization: string | undefined,
+    body: Record<string, unknown>,
+  ): Promise<object> {
+    if (path === "/v1/hosts/register") {
+      if (body["token"] !== "one-time") throw new Error("spent");
+      return {
+        host_id: HOST_ID,
+        cluster_id: "cluster-1",
+        access_token: await this.accessToken(),
+        refresh_token: this.family[0],
+        control_plane_key: controlPlaneKey,
+      };
+    }
+    if (path === "/v1/hosts/auth/refresh") {
+      const shown = this.family.indexOf(String(body["refresh_token"]));
+      // Shown after its successor was used: theft.
+      if (shown === -1 || shown < this.family.length - 2) throw new Error("theft");
+      if (shown === this.family.length - 2) this.family.pop();
+      this.family.push(`refresh-${this.calls.length}`);
+      return { access_token: await this.accessToken(), refresh_token: this.family.at(-1) };
+    }
+    if (!this.accepts.has((authorization ?? "").slice("Bearer ".length))) throw new Error("unknown");
+    return { acknowledged_event: this.acknowledged, commands: [] };
+  }
+
+  paths(): string[] {
+    return this.calls.map(({ path }) => path.split("/").at(-1)!);
+  }
+}
+
+let dir: string;
+let plane: FakeControlPlane;
+let store: CredentialStore;
+let deps: LinkDeps;
+let nowMs: number;
+let pauses: number;
+let acknowledged: bigint[];
+let failAt: string | undefined;
+let reached: Set<string>;
+
+function reach(name: string): void {
+  reached.add(name);
+  if (name === failAt) throw new Error(`died at ${name}`);
+}
+const register = (token = "one-time") =>
+  registerHost(
+    { client: deps.client, store, controlPlaneUrl: plane.url, reach },
+    token,
+    {
+      address: "127.0.0.1:7071",
+      arch: "x64",
+      cpus: 2,
+      memoryMb: 1000,
+      diskMb: 1000,
+      drivers: {},
+      version: "0",
+    },
+    signal,
+  );
+
+beforeEach(async () => {
+  dir = await mkdtemp(join(tmpdir(), "rookery-link-"));
+  plane = new FakeControlPlane();
+  await plane.start();
+  store = await CredentialStore.open(dir);
+  nowMs = 0;
+  pauses = 0;
+  acknowledged = [];
+  failAt = undefined;
+  reached = new Set();
+  deps = {
+    client: new ControlPlaneClient(plane.url, { timeoutMs: 300 }),
+    store,
+    clock: { ...systemClock, nowMs: () => Date.now() + nowMs, monotonicMs: () => nowMs },
+    logger: { debug() {}, info() {}, warn() {}, error() {} },
+    intervals: { heartbeatMs: 30_000, lostAfterMs: 300_000 },
+    random: () => 0.5,
+    sandboxes: async () => [{ id: "sb1", phase: "running", generation: 3n }],
+    load: async (sandboxes) => ({ cpus: 0.5, memoryMbUsed: 10, diskMbFree: 20, sandboxes }),
+    events: {
+      logId: "log-1",
+      lastNumber: 9n,
+      acknowledge: async (_logId, number) => void acknowledged.push(number),
+    },
+    pauseAll: async () => void (pauses += 1),
+    reach,
+  };
+});
+afterEach(async () => {
+  await plane.stop();
+  await removeTree(dir);
+});
+
+test("a one-time token becomes credentials that only root can read, and is not shown twice", async () => {
+  await register();
+  const path = join(dir, "credentials.json");
+  assert.equal((await stat(path)).mode & 0o777, 0o600);
+  assert.equal(store.current?.hostId, HOST_ID);
+  assert.deepEqual((await CredentialStore.open(dir)).current, store.current);
+  await register();
+  assert.equal(plane.calls.length, 1);
+  assert(!(await readFile(path, "utf8")).includes("one-time"));
+});
+
+test("a token that was refused changes nothing", async () => {
+  await register();
+  const before = store.current;
+  await assert.rejects(register("spent"), { name: "TokenRefused" });
+  assert.deepEqual(store.current, before);
+});
+
+test("a heartbeat carries load, digest and events, and what is acknowledged is dropped", async () => {
+  await register();
+  plane.acknowledged = 4;
+  await new ControlPlaneLink(deps).beat(signal);
+  const beat = plane.calls.at(-1)!;
+  assert.equal(beat.path, `/v1/hosts/${HOST_ID}/heartbeat`);
+  assert.deepEqual(beat.body, {
+    load: { cpus: 0.5, memory_mb_used: 10, disk_mb_free: 20, sandboxes: 1 },
+    digest: digestOfSandboxes([{ id: "sb1", phase: "running", generation: 3n }]),
+    event_log_id: "log-1",
+    last_event_number: 9,
+  });
+  assert.deepEqual(acknowledged, [4n]);
+});
+
+test("a number of another log is not acknowledged", async () => {
+  await register();
+  plane.acknowledged = 10;
+  await new ControlPlaneLink(deps).beat(signal);
+  assert.deepEqual(acknowledged, []);
+});
+
+test("the access token is renewed at 80 % of its life, and the new one is used at once", async () => {
+  await register();
+  const link = new ControlPlaneLink(deps);
+  nowMs = 790_000;
+  await link.beat(signal);
+  nowMs = 801_000;
+  await link.beat(signal);
+  assert.deepEqual(plane.paths(), ["register", "heartbeat", "refresh", "heartbeat"]);
+  assert.equal(plane.calls.at(-1)!.authorization, `Bearer ${store.current!.accessToken}`);
+  assert.notEqual(store.current!.refreshToken, "refresh-0");
+});
+
+test("a refused access token is renewed and the heartbeat sent again", async () => {
+  await register();
+  plane.accepts.clear();
+  await new ControlPlaneLink(deps).beat(signal);
+  assert.deepEqual(plane.paths(), ["register", "heartbeat", "refresh", "heartbeat"]);
+  assert.equal(pauses, 0);
+});
+
+test("an agent that dies at any line of an exchange is not locked out", async () => {
+  const names = [...REGISTER_FAILPOINTS, ...REFRESH_FAILPOINTS].flatMap((name) => [
+    `${name}.before`,
+    `${name}.after`,
+  ]);
+  await register();
+  for (const name of names.filter((name) => name.startsWith("refresh"))) {
+    plane.accepts.clear();
+    failAt = name;
+    await new ControlPlaneLink({ ...deps, store }).beat(signal);
+    failAt = undefined;
+    // Started again: only what is on disk is known.
+    store = await CredentialStore.open(dir);
+    const link = new ControlPlaneLink({ ...deps, store });
+    await link.beat(signal);
+    assert.equal(plane.paths().at(-1), "heartbeat", name);
+    assert.equal(link.isLost, false, name);
+  }
+  assert.deepEqual([...reached].sort(), names.sort());
+  assert.equal(pauses, 0);
+});
+
+test("a refused refresh pauses everything at once, again while it lasts, and trust may come back", async () => {
+  await register();
+  plane.accepts.clear();
+  const { family } = plane;
+  plane.family = [];
+  const link = new ControlPlaneLink(deps);
+  await link.beat(signal);
+  assert.equal(link.isLost, true);
+  await expect.poll(() => pauses).toBe(1);
+  await link.beat(signal);
+  await expect.poll(() => pauses).toBe(2);
+  plane.family = family;
+  await link.beat(signal);
+  assert.equal(link.isLost, false);
+  assert.equal(pauses, 2);
+});
+
+test("silence of any kind pauses everything when it lasts, and not before", async () => {
+  await register();
+  for (const kind of ["hang", "garbage", "endless", 500] as const) {
+    pauses = 0;
+    nowMs = 0;
+    plane.fails = kind;
+    const link = new ControlPlaneLink(deps);
+    nowMs = 299_000;
+    await link.beat(signal);
+    assert.equal(link.isLost, false, String(kind));
+    nowMs = 300_000;
+    await link.beat(signal);
+    assert.equal(link.isLost, true, String(kind));
+    await expect.poll(() => pauses).toBe(1);
+  }
+});
+
+test("a limit of 0 means never, and a renewal that fails leaves the present token in use", async () => {
+  await register();
+  deps = { ...deps, intervals: { heartbeatMs: 30_000, lostAfterMs: 0 } };
+  const link = new ControlPlaneLink(deps);
+  plane.fails = 500;
+  nowMs = 900_000;
+  await link.beat(signal);
+  assert.equal(link.isLost, false);
+  assert.deepEqual(plane.paths(), ["register", "refresh", "heartbeat"]);
+});
+
+test("running beats until it is told to stop", async () => {
+  await register();
+  const stop = new AbortController();
+  const running = new ControlPlaneLink({
+    ...deps,
+    clock: systemClock,
+    intervals: { heartbeatMs: 5, lostAfterMs: 0 },
+  }).run(stop.signal);
+  await expect.poll(() => plane.calls.length).toBeGreaterThan(3);
+  stop.abort();
+  await running;
+});
+
+test("the digest knows no order", () => {
+  const a = { id: "a", phase: "running", generation: 1n };
+  const b = { id: "b", phase: "paused", generation: 2n };
+  assert.equal(digestOfSandboxes([a, b]), digestOfSandboxes([b, a]));
+  assert.notEqual(digestOfSandboxes([a]), digestOfSandboxes([{ ...a, generation: 2n }]));
+});

@@ -1,0 +1,54 @@
+/**
+ * What this host proves itself with, and whom it obeys: DATA/credentials.json,
+ * 0600, replaced as a whole and made durable before anything of it is used.
+ */
+import { join } from "node:path";
+import { z } from "zod";
+import { readJson, writeFileAtomic } from "../host/atomic-file.ts";
+import { isErrno } from "../host/errno.ts";
+
+const credentialsSchema = z.object({
+  version: z.literal(1),
+  controlPlaneUrl: z.url(),
+  hostId: z.string().regex(/^host-[a-z0-9]{20}$/),
+  clusterId: z.string().min(1).max(128),
+  /** Ed25519 public key of the control plane, SPKI (DER) in base64. */
+  controlPlaneKey: z.string().min(1),
+  accessToken: z.string().min(1),
+  refreshToken: z.string().min(1),
+  /** Our own Ed25519 key, PKCS #8 (DER) in base64; the control plane has its public half. */
+  privateKey: z.string().min(1),
+  /** SHA-256 of the registration token that these came from: the same token again is no new registration. */
+  registeredWith: z.string(),
+});
+export type Credentials = Readonly<z.output<typeof credentialsSchema>>;
+
+export class CredentialStore {
+  readonly #path: string;
+  #current: Credentials | undefined;
+
+  private constructor(path: string, current: Credentials | undefined) {
+    this.#path = path;
+    this.#current = current;
+  }
+
+  static async open(dataDir: string): Promise<CredentialStore> {
+    const path = join(dataDir, "credentials.json");
+    try {
+      return new CredentialStore(path, await readJson(path, credentialsSchema));
+    } catch (cause) {
+      if (isErrno(cause, "ENOENT")) return new CredentialStore(path, undefined);
+      throw cause;
+    }
+  }
+
+  get current(): Credentials | undefined {
+    return this.#current;
+  }
+
+  /** Durable when it returns; only then does `current` change. */
+  async replace(next: Credentials): Promise<void> {
+    await writeFileAtomic(this.#path, `${JSON.stringify(next, undefined, 2)}\n`, { mode: 0o600, sync: true });
+    this.#current = next;
+  }
+}
