@@ -1,0 +1,243 @@
+/**
+ * process.Process of E2B's protocol.
+ *
+ * A client that goes away leaves its process running; only the deadline
+ * (Connect-Timeout-Ms of Start) and SendSignal end it, and both reach the
+ * whole process group.
+ */
+import { Code, ConnectError } from "@connectrpc/connect";
+import type { ConnectRouter, HandlerContext } from "@connectrpc/connect";
+import { process as wire } from "@rookery/protocol/envd";
+import { callerOf } from "../caller.ts";
+import { connectErrorOf, errnoOf, systemMessage } from "../errors.ts";
+import type { GuestState } from "../guest-state.ts";
+import {
+  DEFAULT_KEEPALIVE_MS,
+  MAX_PROCESSES,
+  MAX_SUBSCRIBERS,
+  MAX_TIMEOUT_MS,
+  MIN_KEEPALIVE_MS,
+} from "../limits.ts";
+import type { Users } from "../system/users.ts";
+import type { ProcessTable, Selector } from "./process-table.ts";
+import { InputError, RunningProcess } from "./running-process.ts";
+import { startProgram } from "./spawn.ts";
+import type { Program, ProgramSpec, SpawnDeps } from "./spawn.ts";
+import { parseStartRequest } from "./start-request.ts";
+import type { OutputName, ProcessEnd, Subscription } from "./subscription.ts";
+
+export interface ProcessDeps extends SpawnDeps {
+  state: GuestState;
+  users: Users;
+  table: ProcessTable;
+  path: string;
+}
+
+type EventInit =
+  | { case: "start"; value: { pid: number } }
+  | { case: "data"; value: { output: { case: OutputName; value: Uint8Array } } }
+  | { case: "end"; value: ProcessEnd }
+  | { case: "keepalive"; value: Record<string, never> };
+type Event = { event: { event: EventInit } };
+
+export function processService(router: ConnectRouter, deps: ProcessDeps): void {
+  const { table } = deps;
+  router.service(wire.Process, {
+    list: () => ({
+      processes: Array.from(table.running(), ({ pid, facts }) => ({
+        pid,
+        tag: facts.tag,
+        config: { cmd: facts.command, args: [...facts.args], envs: { ...facts.envs }, cwd: facts.cwd },
+      })),
+    }),
+
+    async *start(request, context): AsyncGenerator<Event> {
+      const caller = callerOf(context.requestHeader, deps);
+      const { spec, facts } = parseStartRequest(request, { ...caller, path: deps.path });
+      if (table.size >= MAX_PROCESSES) {
+        throw new ConnectError(`more than ${MAX_PROCESSES} processes`, Code.ResourceExhausted);
+      }
+      const timeoutMs = context.timeoutMs();
+      const running = new RunningProcess({
+        facts,
+        program: await start(spec, deps),
+        native: deps.native,
+        timeoutMs: timeoutMs === undefined ? undefined : Math.min(timeoutMs, MAX_TIMEOUT_MS),
+        onEnd: (process, end) => table.end(process, end),
+      });
+      table.add(running);
+      yield* follow(running, context);
+    },
+
+    async *connect(request, context): AsyncGenerator<Event> {
+      const selector = selectorOf(request.process);
+      const running = table.find(selector);
+      if (running !== undefined) {
+        yield* follow(running, context);
+        return;
+      }
+      const ended = table.findEnded(selector);
+      if (ended === undefined) throw notFound(selector);
+      yield eventOf({ case: "start", value: { pid: ended.pid } });
+      yield eventOf({ case: "end", value: ended.end });
+    },
+
+    update: (request) => {
+      findRunning(request.process);
+      throw new ConnectError("tty not assigned to process", Code.Unimplemented);
+    },
+
+    sendInput: async (request, context) => {
+      await feed(findRunning(request.process), request.input, context.signal);
+      return {};
+    },
+
+    async streamInput(requests, context) {
+      let running: RunningProcess | undefined;
+      for await (const { event } of requests) {
+        if (event.case === "start") running = findRunning(event.value.process);
+        else if (event.case === "data") {
+          if (running === undefined) {
+            throw new ConnectError("the first message must be `start`", Code.InvalidArgument);
+          }
+          await feed(running, event.value.input, context.signal);
+        } else if (event.case === undefined) {
+          throw new ConnectError("a message has no event", Code.InvalidArgument);
+        }
+      }
+      return {};
+    },
+
+    sendSignal: (request) => {
+      const running = findRunning(request.process);
+      if (!running.kill(signalOf(request.signal))) throw notFound(selectorOf(request.process));
+      return {};
+    },
+
+    closeStdin: (request) => {
+      findRunning(request.process).closeInput();
+      return {};
+    },
+  });
+
+  function findRunning(wanted: wire.ProcessSelector | undefined): RunningProcess {
+    const selector = selectorOf(wanted);
+    const running = table.find(selector);
+    if (running === undefined) throw notFound(selector);
+    return running;
+  }
+}
+
+async function start(spec: ProgramSpec, deps: SpawnDeps): Promise<Program> {
+  try {
+    return await startProgram(spec, deps);
+  } catch (error) {
+    const words = [spec.command, ...spec.args].join(" ").slice(0, 200);
+    const what = `error starting process '${words}'`;
+    // The kernel's or the cgroup's limits, not the request, are at fault.
+    if (["EAGAIN", "ENOMEM", "EMFILE", "ENFILE"].includes(errnoOf(error) ?? "")) {
+      throw connectErrorOf(error, what);
+    }
+    throw new ConnectError(`${what}: ${reasonOf(error)}`, Code.InvalidArgument, undefined, undefined, error);
+  }
+}
+
+/** spawn's own message names its arguments and no reason. */
+function reasonOf(error: unknown): string {
+  if (errnoOf(error) === "ENOENT") return "no such file or directory";
+  if (errnoOf(error) === "EACCES") return "permission denied";
+  if (errnoOf(error) === "E2BIG") return "argument list too long";
+  return systemMessage(error);
+}
+
+/** `start`, the output, `end`; keepalives while it is silent. */
+async function* follow(running: RunningProcess, context: HandlerContext): AsyncGenerator<Event> {
+  if (running.subscribers >= MAX_SUBSCRIBERS) {
+    throw new ConnectError(`more than ${MAX_SUBSCRIBERS} streams on one process`, Code.ResourceExhausted);
+  }
+  const keepaliveMs = keepaliveOf(context.requestHeader);
+  const subscription = running.subscribe();
+  try {
+    yield eventOf({ case: "start", value: { pid: running.pid } });
+    yield* events(running, subscription, keepaliveMs, context.signal);
+  } finally {
+    running.unsubscribe(subscription);
+  }
+}
+
+async function* events(
+  running: RunningProcess,
+  subscription: Subscription,
+  keepaliveMs: number,
+  signal: AbortSignal,
+): AsyncGenerator<Event> {
+  for (;;) {
+    const event = subscription.shift();
+    if (event === undefined) {
+      if (signal.aborted) throw abortError(running, signal);
+      const waitedFrom = performance.now();
+      await subscription.wait(keepaliveMs, signal);
+      if (!signal.aborted && performance.now() - waitedFrom >= keepaliveMs) {
+        yield eventOf({ case: "keepalive", value: {} });
+      }
+    } else if (event.kind === "output") {
+      yield eventOf({ case: "data", value: { output: { case: event.from, value: event.data } } });
+    } else {
+      if (running.timedOut) throw deadlineExceeded();
+      yield eventOf({ case: "end", value: event.end });
+      return;
+    }
+  }
+}
+
+/** The stream's deadline is the process's too: whichever timer fires first, both end. */
+function abortError(running: RunningProcess, signal: AbortSignal): unknown {
+  if (ConnectError.from(signal.reason).code !== Code.DeadlineExceeded) return signal.reason;
+  running.kill("SIGKILL");
+  return deadlineExceeded();
+}
+
+function deadlineExceeded(): ConnectError {
+  return new ConnectError("the operation timed out", Code.DeadlineExceeded);
+}
+
+async function feed(
+  running: RunningProcess,
+  input: wire.ProcessInput | undefined,
+  signal: AbortSignal,
+): Promise<void> {
+  if (input?.input.case === "pty") throw new ConnectError("tty not assigned to process", Code.Unimplemented);
+  if (input?.input.case !== "stdin") throw new ConnectError("input is empty", Code.InvalidArgument);
+  try {
+    await running.writeInput(input.input.value, signal);
+  } catch (error) {
+    if (!(error instanceof InputError)) throw error;
+    throw new ConnectError(`error writing to stdin: ${error.message}`, Code.FailedPrecondition);
+  }
+}
+
+function selectorOf(selector: wire.ProcessSelector | undefined): Selector {
+  const wanted = selector?.selector;
+  if (wanted?.case === undefined) throw new ConnectError("process is not selected", Code.InvalidArgument);
+  return wanted;
+}
+
+function signalOf(signal: wire.Signal): "SIGKILL" | "SIGTERM" {
+  if (signal === wire.Signal.SIGKILL) return "SIGKILL";
+  if (signal === wire.Signal.SIGTERM) return "SIGTERM";
+  throw new ConnectError(`invalid signal: ${signal}`, Code.InvalidArgument);
+}
+
+function notFound(selector: Selector): ConnectError {
+  return new ConnectError(`process with ${selector.case} ${selector.value} not found`, Code.NotFound);
+}
+
+function keepaliveOf(headers: Headers): number {
+  const seconds = Number(headers.get("keepalive-ping-interval") ?? Number.NaN);
+  if (!(seconds > 0)) return DEFAULT_KEEPALIVE_MS;
+  return Math.min(Math.max(seconds * 1000, MIN_KEEPALIVE_MS), MAX_TIMEOUT_MS);
+}
+
+function eventOf(event: EventInit): Event {
+  return { event: { event } };
+}
