@@ -1,0 +1,40 @@
+import { strict as assert } from "node:assert";
+import { test } from "vitest";
+import { parseAddress, readConfig } from "./config.ts";
+
+const read = (env: Record<string, string> = {}, flags = {}) =>
+  readConfig(env, flags, "/repo/packages/host-agent");
+
+test("without any setting the agent is on loopback, and its parts are where the repository has them", () => {
+  const config = read();
+  assert.deepEqual(config.listen, { host: "127.0.0.1", port: 7071 });
+  assert.equal(config.envdBundleDir, "/repo/packages/envd/dist");
+  assert.match(config.runtimeDir, /^\/run\/rookery-[0-9a-f]{8}\/agent$/);
+  assert(Object.isFrozen(config));
+});
+
+test("a flag wins over its variable", () => {
+  const config = read({ ROOKERY_AGENT_DATA: "/a" }, { data: "/b", address: "[::1]:0" });
+  assert.equal(config.dataDir, "/b");
+  assert.deepEqual(config.listen, { host: "::1", port: 0 });
+});
+
+test("two data directories have two names on the host", () => {
+  assert.notEqual(read({}, { data: "/a" }).instance, read({}, { data: "/b" }).instance);
+});
+
+test("what is wrong is named", () => {
+  const refused = (env: Record<string, string>, words: RegExp) =>
+    assert.throws(() => read(env), { code: "invalid_request", message: words });
+  refused({ ROOKERY_POOL: "many" }, /^ROOKERY_POOL: must be a whole number/);
+  refused({ ROOKERY_POOL: "100000" }, /^ROOKERY_POOL/);
+  refused({ ROOKERY_VMM: "xen" }, /^ROOKERY_VMM/);
+  refused({ ROOKERY_RUNTIME_DIR: "run" }, /^ROOKERY_RUNTIME_DIR: must be an absolute path/);
+  refused({ ROOKERY_NAMESERVERS: "1.1.1.1,x" }, /^ROOKERY_NAMESERVERS/);
+  refused({ ROOKERY_CONTROL_PLANE: "http://10.0.0.1:8080" }, /plain HTTP is for loopback only/);
+  refused({ ROOKERY_CONTROL_PLANE: "ftp://x" }, /^ROOKERY_CONTROL_PLANE/);
+  refused({ ROOKERY_REGISTRATION_TOKEN: "t" }, /needs the control plane's URL/);
+  for (const text of ["7071", "host", "a:b:1", "127.0.0.1:70000", "[127.0.0.1:1"]) {
+    assert.throws(() => parseAddress(text), { code: "invalid_request" });
+  }
+});

@@ -1,0 +1,171 @@
+/**
+ * The agent's configuration: environment and flags, parsed once into a frozen
+ * object. Only `main.ts` hands it `process.env`; nobody else reads it.
+ */
+import { createHash } from "node:crypto";
+import { isAbsolute, join, resolve } from "node:path";
+import { RookeryError } from "@rookery/protocol/errors";
+import { z } from "zod";
+
+/** What the command line may say; each wins over its variable. */
+export interface ConfigFlags {
+  data?: string | undefined;
+  address?: string | undefined;
+  controlPlane?: string | undefined;
+  register?: string | undefined;
+}
+
+const integer = (fallback: number, { min = 0, max = Number.MAX_SAFE_INTEGER } = {}) =>
+  z
+    .string()
+    .regex(/^\d{1,15}$/, "must be a whole number")
+    .transform(Number)
+    .pipe(z.number().min(min).max(max))
+    .default(fallback);
+const path = z.string().refine(isAbsolute, "must be an absolute path");
+
+const environmentSchema = z.object({
+  /** Everything that outlives the agent lies here, on one file system. */
+  ROOKERY_AGENT_DATA: z
+    .string()
+    .min(1)
+    .default("/var/lib/rookery/agent")
+    .transform((text) => resolve(text)),
+  /** Sockets: short, since their paths end at 107 bytes. */
+  ROOKERY_RUNTIME_DIR: path.optional(),
+  ROOKERY_AGENT_ADDRESS: z.string().default("127.0.0.1:7071"),
+  ROOKERY_CONTROL_PLANE: z.url({ protocol: /^https?$/ }).optional(),
+  ROOKERY_REGISTRATION_TOKEN: z.string().min(1).max(512).optional(),
+  ROOKERY_VMM: z.enum(["auto", "qemu"]).default("auto"),
+  ROOKERY_ROOT_DISK: z.enum(["auto", "qcow2"]).default("auto"),
+  ROOKERY_NETWORK: z.enum(["auto", "netns", "user"]).default("auto"),
+  /** Waiting clones of the default image; 0 turns pools off. */
+  ROOKERY_POOL: integer(4, { max: 256 }),
+  ROOKERY_SLOTS: integer(1_000, { min: 1, max: 16_384 }),
+  /** uid of slot 0: a range of `ROOKERY_SLOTS` uids that nobody else on this host uses. */
+  ROOKERY_UID_BASE: integer(1_879_048_192, { min: 1_000, max: 4_000_000_000 }),
+  ROOKERY_MAX_SANDBOXES: integer(1_000, { min: 1 }),
+  /** Operations at work at once; 0: twice the CPUs. */
+  ROOKERY_WORK_LIMIT: integer(0, { max: 1_024 }),
+  /** Guest memory of live sandboxes, in per cent of the host's memory. */
+  ROOKERY_MEMORY_PERCENT: integer(400, { min: 1, max: 10_000 }),
+  ROOKERY_DISK_RESERVE_MB: integer(1_024),
+  /** Disk for warm images beyond those in use. */
+  ROOKERY_WARM_DISK_MB: integer(20_480),
+  /** Nameservers of guests, comma-separated; default: the driver's choice. */
+  ROOKERY_NAMESERVERS: z
+    .string()
+    .default("")
+    .transform((text) => text.split(",").filter((part) => part !== ""))
+    .pipe(z.array(z.ipv4())),
+  ROOKERY_HEARTBEAT_MS: integer(30_000, { min: 10 }),
+  /** Silence of the control plane after which all sandboxes are paused; 0: never. */
+  ROOKERY_LOST_AFTER_MS: integer(300_000),
+  ROOKERY_REAPER_MS: integer(500, { min: 10, max: 1_000 }),
+  /** Between two looks whether a VMM still answers; 0: never. */
+  ROOKERY_HANG_WATCH_MS: integer(10_000),
+  /** For calls under way when the agent is told to stop. */
+  ROOKERY_STOP_GRACE_MS: integer(10_000),
+  ROOKERY_LOG_LEVEL: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info"),
+  /** Parts of the product beside this program; default: where the repository and its bundles have them. */
+  ROOKERY_ENVD_BUNDLE: path.optional(),
+  ROOKERY_GUEST_FILES: path.optional(),
+  ROOKERY_GUEST_NODE: path.optional(),
+  /** For tests alone: `NAME=error|kill[*TIMES]`, comma-separated. */
+  ROOKERY_FAILPOINTS: z.string().optional(),
+  /** For tests alone: "1" lets DATA/failpoints.json arm failpoints while the agent runs. */
+  ROOKERY_TEST: z.enum(["0", "1"]).default("0"),
+});
+
+export type Config = ReturnType<typeof readConfig>;
+
+/** `packageDir` is packages/host-agent: the folder above this program. Throws `invalid_request` that names the setting. */
+export function readConfig(
+  environment: Readonly<Record<string, string | undefined>>,
+  flags: ConfigFlags,
+  packageDir: string,
+) {
+  const given: Record<string, string | undefined> = { ...environment };
+  if (flags.data !== undefined) given["ROOKERY_AGENT_DATA"] = flags.data;
+  if (flags.address !== undefined) given["ROOKERY_AGENT_ADDRESS"] = flags.address;
+  if (flags.controlPlane !== undefined) given["ROOKERY_CONTROL_PLANE"] = flags.controlPlane;
+  if (flags.register !== undefined) given["ROOKERY_REGISTRATION_TOKEN"] = flags.register;
+
+  const parsed = environmentSchema.safeParse(given);
+  if (!parsed.success) {
+    const [issue] = parsed.error.issues;
+    throw new RookeryError("invalid_request", `${issue!.path.join(".")}: ${issue!.message}`);
+  }
+  const env = parsed.data;
+  if (env.ROOKERY_CONTROL_PLANE !== undefined) assertPrivate(env.ROOKERY_CONTROL_PLANE);
+  if (env.ROOKERY_REGISTRATION_TOKEN !== undefined && env.ROOKERY_CONTROL_PLANE === undefined) {
+    throw new RookeryError(
+      "invalid_request",
+      "A registration token needs the control plane's URL (--control-plane)",
+    );
+  }
+  const dataDir = env.ROOKERY_AGENT_DATA;
+  /** Marks what must live outside of the data directory as this agent's and no other's. */
+  const instance = createHash("sha256").update(dataDir).digest("hex").slice(0, 8);
+
+  return Object.freeze({
+    dataDir,
+    instance,
+    runtimeDir: env.ROOKERY_RUNTIME_DIR ?? `/run/rookery-${instance}/agent`,
+    listen: parseAddress(env.ROOKERY_AGENT_ADDRESS),
+    controlPlaneUrl: env.ROOKERY_CONTROL_PLANE,
+    registrationToken: env.ROOKERY_REGISTRATION_TOKEN,
+    drivers: Object.freeze({
+      vmm: env.ROOKERY_VMM,
+      rootDisk: env.ROOKERY_ROOT_DISK,
+      network: env.ROOKERY_NETWORK,
+    }),
+    poolSize: env.ROOKERY_POOL,
+    maxSlots: env.ROOKERY_SLOTS,
+    uidBase: env.ROOKERY_UID_BASE,
+    maxSandboxes: env.ROOKERY_MAX_SANDBOXES,
+    workLimit: env.ROOKERY_WORK_LIMIT,
+    memoryPercent: env.ROOKERY_MEMORY_PERCENT,
+    diskReserveBytes: env.ROOKERY_DISK_RESERVE_MB * 1024 * 1024,
+    warmDiskBytes: env.ROOKERY_WARM_DISK_MB * 1024 * 1024,
+    nameservers: Object.freeze(env.ROOKERY_NAMESERVERS),
+    intervals: Object.freeze({
+      heartbeatMs: env.ROOKERY_HEARTBEAT_MS,
+      lostAfterMs: env.ROOKERY_LOST_AFTER_MS,
+      reaperMs: env.ROOKERY_REAPER_MS,
+      hangWatchMs: env.ROOKERY_HANG_WATCH_MS,
+      stopGraceMs: env.ROOKERY_STOP_GRACE_MS,
+    }),
+    logLevel: env.ROOKERY_LOG_LEVEL,
+    envdBundleDir: env.ROOKERY_ENVD_BUNDLE ?? join(packageDir, "..", "envd", "dist"),
+    guestFilesDir: env.ROOKERY_GUEST_FILES ?? join(packageDir, "..", "guest-image"),
+    guestNode: env.ROOKERY_GUEST_NODE ?? process.execPath,
+    failpoints: Object.freeze({
+      specification: env.ROOKERY_FAILPOINTS,
+      controlFile: env.ROOKERY_TEST === "1" ? join(dataDir, "failpoints.json") : undefined,
+      hitsFile:
+        env.ROOKERY_TEST === "1" || env.ROOKERY_FAILPOINTS !== undefined
+          ? join(dataDir, "failpoint-hits")
+          : undefined,
+    }),
+  });
+}
+
+/** "127.0.0.1:7071" or "[::1]:7071"; port 0 lets the kernel choose. */
+export function parseAddress(text: string): { host: string; port: number } {
+  const match = /^(?:\[([0-9a-fA-F:.]+)\]|([^:[\]]+)):(\d{1,5})$/.exec(text);
+  const host = match?.[1] ?? match?.[2];
+  const port = Number(match?.[3]);
+  if (host === undefined || port > 65_535) {
+    throw new RookeryError("invalid_request", `${text} is not an address such as 127.0.0.1:7071`);
+  }
+  return { host, port };
+}
+
+/** Tokens go over this connection: plain HTTP is for loopback only. */
+function assertPrivate(url: string): void {
+  const { protocol, hostname } = new URL(url);
+  if (protocol === "https:") return;
+  if (hostname === "localhost" || hostname === "[::1]" || /^127(\.\d{1,3}){3}$/.test(hostname)) return;
+  throw new RookeryError("invalid_request", `${url}: plain HTTP is for loopback only; use https`);
+}
