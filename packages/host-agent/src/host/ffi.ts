@@ -181,11 +181,19 @@ async function transfer(
     iovecs.writeBigUInt64LE(base + BigInt(offset), 0);
     iovecs.writeBigUInt64LE(BigInt(bytes), 8);
     const moved = await new Promise<number>((resolve, reject) => {
-      call.async(pid, iovecs, 1, iovecs.subarray(16), count, 0, (error: Error | null, result: number | bigint) => {
-        if (error) reject(error);
-        else if (Number(result) < 0) reject(systemError(name, koffi.errno()));
-        else resolve(Number(result));
-      });
+      call.async(
+        pid,
+        iovecs,
+        1,
+        iovecs.subarray(16),
+        count,
+        0,
+        (error: Error | null, result: number | bigint) => {
+          if (error) reject(error);
+          else if (Number(result) < 0) reject(systemError(name, koffi.errno()));
+          else resolve(Number(result));
+        },
+      );
     });
     // A short transfer means a hole in the process's mapping: not the memory that we were told of.
     if (moved !== bytes) throw new Error(`${name}: ${moved} of ${bytes} bytes`);
