@@ -1,0 +1,136 @@
+/**
+ * Failpoints: named places in the agent where a test makes it fail or die.
+ *
+ * Each step of an operation has one before and one after its effect
+ * (`create.thaw.before`). In production nothing is armed, and reaching one costs
+ * a look into an empty map. Armed mode comes from a specification in the
+ * agent's environment, from a control file that a test writes while the agent
+ * runs, or from a test in the same process.
+ *
+ * In armed mode every failpoint that is reached is recorded, also in a file that
+ * outlives a SIGKILL, so that a test can tell "survived" from "never reached".
+ */
+import { appendFileSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { RookeryError } from "@rookery/protocol/errors";
+import { z } from "zod";
+import { isErrno } from "../host/errno.ts";
+
+export type FailpointAction = "error" | "kill";
+
+export interface FailpointOptions {
+  /** `NAME=error|kill[*TIMES]`, comma-separated; without TIMES, every time. */
+  specification?: string | undefined;
+  /** A JSON object of NAME → `error|kill[*TIMES]`, looked at each time a failpoint is reached. */
+  controlFile?: string | undefined;
+  /** Names of reached failpoints are appended here, one a line. */
+  hitsFile?: string | undefined;
+  /** Names that exist; arming another one is a mistake in the test. */
+  known: readonly string[];
+}
+
+interface Armed {
+  action: FailpointAction;
+  timesLeft: number;
+}
+
+const controlSchema = z.record(z.string(), z.string());
+
+export class Failpoints {
+  readonly known: ReadonlySet<string>;
+  /** Failpoints reached in this process while armed mode was on. */
+  readonly hits = new Set<string>();
+  readonly #armed = new Map<string, Armed>();
+  readonly #controlFile: string | undefined;
+  readonly #hitsFile: string | undefined;
+  #recording: boolean;
+
+  constructor(options: FailpointOptions) {
+    this.known = new Set(options.known);
+    this.#controlFile = options.controlFile;
+    this.#hitsFile = options.hitsFile;
+    for (const item of (options.specification ?? "").split(",").filter(Boolean)) {
+      const [name = "", action = ""] = item.split("=");
+      this.#arm(name, parseAction(action));
+    }
+    this.#recording = options.controlFile !== undefined || this.#armed.size > 0;
+  }
+
+  /** For tests in the same process. */
+  arm(name: string, action: FailpointAction, times = Number.POSITIVE_INFINITY): void {
+    this.#arm(name, { action, timesLeft: times });
+    this.#recording = true;
+  }
+
+  disarmAll(): void {
+    this.#armed.clear();
+  }
+
+  /** Records hits without failing anything. */
+  record(): void {
+    this.#recording = true;
+  }
+
+  /** Throws, or ends this process, when a test asked for it here. */
+  reach(name: string): void {
+    if (!this.#recording) return;
+    if (!this.known.has(name)) throw new Error(`failpoint ${name} is not in the registry`);
+    this.hits.add(name);
+    if (this.#hitsFile !== undefined) appendFileSync(this.#hitsFile, `${name}\n`);
+    const action = this.#takeFromControlFile(name) ?? this.#take(name);
+    if (action === "kill") process.kill(process.pid, "SIGKILL");
+    if (action === "error") throw new RookeryError("host_error", `failpoint ${name}`);
+  }
+
+  #arm(name: string, armed: Armed): void {
+    if (!this.known.has(name)) throw new Error(`failpoint ${name} is not in the registry`);
+    this.#armed.set(name, armed);
+  }
+
+  #take(name: string): FailpointAction | undefined {
+    const armed = this.#armed.get(name);
+    if (armed === undefined || armed.timesLeft <= 0) return undefined;
+    armed.timesLeft -= 1;
+    return armed.action;
+  }
+
+  /** Written back before it acts: an agent that starts again after a kill finds one time fewer. */
+  #takeFromControlFile(name: string): FailpointAction | undefined {
+    if (this.#controlFile === undefined) return undefined;
+    const control = readControlFile(this.#controlFile);
+    const text = control?.[name];
+    if (control === undefined || text === undefined) return undefined;
+    const { action, timesLeft } = parseAction(text);
+    if (timesLeft <= 0) return undefined;
+    if (Number.isFinite(timesLeft)) {
+      const temporary = `${this.#controlFile}.${process.pid}`;
+      writeFileSync(temporary, JSON.stringify({ ...control, [name]: `${action}*${timesLeft - 1}` }));
+      renameSync(temporary, this.#controlFile);
+    }
+    return action;
+  }
+}
+
+/** `STEP.before` and `STEP.after` for each step of each operation. */
+export function failpointNames(operations: Readonly<Record<string, readonly { name: string }[]>>): string[] {
+  return Object.entries(operations).flatMap(([operation, steps]) =>
+    steps.flatMap((step) => [`${operation}.${step.name}.before`, `${operation}.${step.name}.after`]),
+  );
+}
+
+function readControlFile(path: string): Record<string, string> | undefined {
+  try {
+    return controlSchema.parse(JSON.parse(readFileSync(path, "utf8")));
+  } catch (cause) {
+    if (isErrno(cause, "ENOENT")) return undefined;
+    throw cause;
+  }
+}
+
+function parseAction(text: string): Armed {
+  const match = /^(error|kill)(?:\*(\d+))?$/.exec(text);
+  if (match === null) throw new Error(`not a failpoint action: ${JSON.stringify(text)}`);
+  return {
+    action: match[1] === "kill" ? "kill" : "error",
+    timesLeft: match[2] === undefined ? Number.POSITIVE_INFINITY : Number(match[2]),
+  };
+}

@@ -1,0 +1,433 @@
+/**
+ * The manager: accepts commands, in which order and whether at all; the
+ * operations themselves are in operations.ts.
+ *
+ * Invariants: commands on one sandbox are serial, on different sandboxes
+ * parallel within the work limit. A sandbox's highest generation is remembered
+ * past its end; a lower one is refused, the same one joins or is answered.
+ */
+import { RookeryError } from "@rookery/protocol/errors";
+import type { SandboxId, SnapshotId, WarmKey } from "../ids.ts";
+import type { OperationKind, Outcome, SnapshotRecord } from "../journal/records.ts";
+import { requireMemory, requireRoom } from "./capacity.ts";
+import { deadlineSignal } from "./clock.ts";
+import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
+import { expiresAtMs } from "./expiry.ts";
+import { randomHex } from "./new-ids.ts";
+import { create, destroy, flattenIfDue, pause, resume, snapshot } from "./operations.ts";
+import type {
+  EnvdTarget,
+  HostEventLog,
+  Lifetime,
+  Operation,
+  SandboxOperations,
+  SandboxSpec,
+  SandboxView,
+  SnapshotView,
+} from "./sandbox.ts";
+import { Snapshots, viewOfSnapshot } from "./snapshots.ts";
+import { asRookeryError, IncompleteUndo } from "./steps.ts";
+import { viewOfSandbox } from "./views.ts";
+import type { WarmImage } from "./warm-images.ts";
+import { keepInPool } from "./keep-in-pool.ts";
+import { own, type Watches } from "./watches.ts";
+
+/** Work under its limit; what may wait for minutes (a warm image being built) is done outside. */
+type AtWork = <T>(work: () => Promise<T>) => Promise<T>;
+
+export class SandboxManager implements SandboxOperations {
+  readonly #core: Core;
+  readonly #watches: Watches;
+  readonly #snapshots: Snapshots;
+  #closing = false;
+
+  constructor(core: Core, watches: Watches) {
+    this.#core = core;
+    this.#watches = watches;
+    this.#snapshots = new Snapshots(core);
+  }
+
+  get events(): HostEventLog {
+    return this.#core.events;
+  }
+
+  /** Warm images that a sandbox or snapshot cannot do without. */
+  warmKeysInUse(): Set<WarmKey> {
+    const keys = [...this.#core.sandboxes.values()].flatMap(({ record }) => record.warmKey ?? []);
+    return new Set([...keys, ...[...this.#core.snapshots.values()].map(({ warmKey }) => warmKey)]);
+  }
+
+  async create(spec: SandboxSpec, operation: Operation): Promise<SandboxView> {
+    const core = this.#core;
+    this.#requireOpen(operation);
+    const existing = core.sandboxes.get(spec.id);
+    if (existing !== undefined) {
+      return await (this.#repetition(existing, "create", operation) ?? Promise.reject(alreadyExists()));
+    }
+    this.#refuseDead(operation);
+    requireRoom(core);
+    requireMemory(core, spec.memoryMb);
+    const nowMs = core.deps.clock.nowMs();
+    const entry = new SandboxEntry(
+      {
+        version: 1,
+        spec: { ...spec, env: { ...spec.env } },
+        machineId: randomHex(core.deps, 16),
+        createdAtMs: nowMs,
+        bootId: core.deps.host.bootId,
+        generation: operation.generation,
+        phase: "starting",
+        startedAtMs: nowMs,
+        lifetimeSinceMs: nowMs,
+      },
+      { maxQueued: core.deps.config.maxQueuedPerSandbox, nowMs },
+    );
+    core.sandboxes.set(spec.id, entry);
+    return await this.#command(entry, "create", operation, async (signal, atWork) => {
+      try {
+        using source = await this.#sourceOf(spec, signal);
+        await atWork(() => create(core, entry, source, signal));
+      } catch (cause) {
+        await this.#buryFailedCreate(entry, asRookeryError(cause, signal));
+        throw cause;
+      }
+    });
+  }
+
+  async destroy(operation: Operation): Promise<void> {
+    const core = this.#core;
+    const entry = core.sandboxes.get(operation.sandboxId);
+    this.#requireOpen(operation);
+    if (entry === undefined) {
+      // A create that comes late must not bring it up.
+      const { sandboxId: id, generation } = operation;
+      await core.tombstones.add({ id, generation, destroyedAtMs: core.deps.clock.nowMs() });
+      return;
+    }
+    const repeated = this.#repetition(entry, "destroy", operation);
+    if (repeated !== undefined) {
+      await repeated;
+      return;
+    }
+    entry.underWay?.abort.abort(
+      new RookeryError("wrong_state", "the sandbox was destroyed meanwhile", {
+        details: { status: "stopping" },
+      }),
+    );
+    await this.#command(entry, "destroy", operation, (_signal, atWork) => atWork(() => destroy(core, entry)));
+  }
+
+  async pause(operation: Operation): Promise<SandboxView> {
+    return await this.#changeState("pause", operation, async (entry, signal, atWork) => {
+      await atWork(() => pause(this.#core, entry, undefined, signal));
+      void own(this.#core, entry, "flatten", (signal) => flattenIfDue(this.#core, entry, signal));
+    });
+  }
+
+  async resume(operation: Operation, lifetime?: Lifetime): Promise<SandboxView> {
+    return await this.#changeState("resume", operation, (entry, signal, atWork) =>
+      atWork(() => resume(this.#core, entry, lifetime, signal)),
+    );
+  }
+
+  async update(id: SandboxId, lifetime: Lifetime): Promise<SandboxView> {
+    const core = this.#core;
+    const entry = this.#entry(id);
+    return await entry.queue.run(async () => {
+      requirePhase(this.#entry(id), ["running", "paused"], "changed");
+      const nowMs = core.deps.clock.nowMs();
+      entry.lastActivityMs = nowMs;
+      entry.set({ spec: { ...entry.record.spec, lifetime }, lifetimeSinceMs: nowMs });
+      await persist(core, entry, { durable: entry.phase === "paused" });
+      return await viewOfSandbox(core, entry);
+    });
+  }
+
+  async ping(id: SandboxId): Promise<number> {
+    const entry = this.#entry(id);
+    requirePhase(entry, ["running"], "pinged");
+    const nowMs = this.#core.deps.clock.nowMs();
+    entry.lastActivityMs = nowMs;
+    return expiresAtMs(entry, nowMs);
+  }
+
+  async get(id: SandboxId): Promise<SandboxView> {
+    return await viewOfSandbox(this.#core, this.#entry(id));
+  }
+
+  async list(options: {
+    after?: SandboxId;
+    limit: number;
+  }): Promise<{ items: SandboxView[]; more: boolean }> {
+    const { after } = options;
+    const ids = [...this.#core.sandboxes.keys()].filter((id) => after === undefined || id > after).sort();
+    const page = ids.slice(0, options.limit).flatMap((id) => this.#core.sandboxes.get(id) ?? []);
+    const items = await Promise.all(page.map((entry) => viewOfSandbox(this.#core, entry)));
+    return { items, more: ids.length > page.length };
+  }
+
+  async createSnapshot(operation: Operation, snapshotId: SnapshotId, teamId: string): Promise<SnapshotView> {
+    this.#requireOpen(operation);
+    return await this.#snapshots.make(snapshotId, operation, async () => {
+      let made: SnapshotRecord | undefined;
+      await this.#changeState("snapshot", operation, async (entry, signal, atWork) => {
+        if (entry.record.spec.teamId !== teamId) throw notFound();
+        made = await atWork(() => snapshot(this.#core, entry, { snapshotId, teamId }, signal));
+      });
+      return viewOfSnapshot(made!);
+    });
+  }
+
+  async deleteSnapshot(snapshotId: SnapshotId): Promise<void> {
+    await this.#snapshots.delete(snapshotId);
+  }
+
+  async withEnvd<T>(id: SandboxId, use: (target: EnvdTarget, signal: AbortSignal) => Promise<T>): Promise<T> {
+    const entry = this.#entry(id);
+    requirePhase(entry, ["running"], "used");
+    const controller = new AbortController();
+    entry.uses.add(controller);
+    try {
+      return await use(envdTargetOf(entry, entry.placed!), controller.signal);
+    } finally {
+      entry.uses.delete(controller);
+      entry.lastActivityMs = this.#core.deps.clock.nowMs();
+    }
+  }
+
+  /**
+   * Pauses all that run, within the work limit, going on past failures, which
+   * it gives back. Each pause is an event with this reason.
+   */
+  async pauseAll(why: {
+    reason: string;
+    message: string;
+  }): Promise<{ id: SandboxId; error: RookeryError }[]> {
+    const core = this.#core;
+    return await this.#forAll(
+      ({ phase }) => phase === "running",
+      async (entry, signal) => {
+        if (entry.phase !== "running") return;
+        await pause(core, entry, newEvent(core, "paused", why), signal);
+      },
+    );
+  }
+
+  /** For `rookery down`. Goes on past failures, which it gives back. */
+  async destroyAll(): Promise<{ id: SandboxId; error: RookeryError }[]> {
+    for (const { underWay } of this.#core.sandboxes.values()) {
+      underWay?.abort.abort(new RookeryError("unavailable", "the agent is going down"));
+    }
+    return await this.#forAll(
+      () => true,
+      (entry) => destroy(this.#core, entry),
+    );
+  }
+
+  /** Takes no more commands, finishes those at work, leaves VMs running. */
+  async close(): Promise<void> {
+    this.#closing = true;
+    this.#watches.stop();
+    await Promise.all([...this.#core.sandboxes.values()].map(({ queue }) => queue.idle()));
+    await this.#core.pool.close();
+    await this.#core.events.close();
+    await this.#core.tombstones.close();
+  }
+
+  async #forAll(
+    which: (entry: SandboxEntry) => boolean,
+    work: (entry: SandboxEntry, signal: AbortSignal) => Promise<void>,
+  ): Promise<{ id: SandboxId; error: RookeryError }[]> {
+    const core = this.#core;
+    const failures: { id: SandboxId; error: RookeryError }[] = [];
+    const all = [...core.sandboxes.values()].filter(which).map(async (entry) => {
+      const signal = new AbortController().signal;
+      try {
+        await entry.queue.runOwn(() => core.workLimit.run(() => work(entry, signal), signal));
+      } catch (cause) {
+        failures.push({ id: entry.id, error: asRookeryError(cause) });
+      }
+    });
+    await Promise.all(all);
+    return failures;
+  }
+
+  async #changeState(
+    kind: OperationKind,
+    operation: Operation,
+    work: (entry: SandboxEntry, signal: AbortSignal, atWork: AtWork) => Promise<void>,
+  ): Promise<SandboxView> {
+    this.#requireOpen(operation);
+    const entry = this.#core.sandboxes.get(operation.sandboxId);
+    if (entry === undefined) {
+      this.#refuseDead(operation);
+      throw notFound();
+    }
+    return await (this.#repetition(entry, kind, operation) ??
+      this.#command(entry, kind, operation, (signal, atWork) => work(entry, signal, atWork)));
+  }
+
+  /** The answer to a command that was given before; undefined for a new one. */
+  #repetition(
+    entry: SandboxEntry,
+    kind: OperationKind,
+    operation: Operation,
+  ): Promise<SandboxView> | undefined {
+    const { generation, last } = entry.record;
+    if (operation.generation > generation) return undefined;
+    if (operation.generation < generation) return Promise.reject(staleGeneration());
+    // A snapshot leaves the source's state, and its generation, alone: its id tells repetitions.
+    if (kind === "snapshot" || last === undefined || last.kind === "snapshot") return undefined;
+    if (last.generation !== generation) return undefined;
+    const { underWay } = entry;
+    if (underWay?.kind === kind && underWay.generation === generation) return underWay.promise;
+    if (kind === "destroy") return undefined; // as long as it is here, destroying it is to be done
+    if (last.kind !== kind) return Promise.reject(staleGeneration());
+    if (last.error !== undefined)
+      return Promise.reject(new RookeryError(last.error.code, last.error.message));
+    return viewOfSandbox(this.#core, entry);
+  }
+
+  async #command(
+    entry: SandboxEntry,
+    kind: OperationKind,
+    operation: Operation,
+    work: (signal: AbortSignal, atWork: AtWork) => Promise<void>,
+  ): Promise<SandboxView> {
+    const core = this.#core;
+    const { clock } = core.deps;
+    const { generation } = operation;
+    entry.queue.requireRoom();
+    const abort = new AbortController();
+    const queued = entry.queue.run(async () => {
+      if (core.sandboxes.get(entry.id) !== entry) {
+        if (kind === "destroy") return await viewOfSandbox(core, entry);
+        throw notFound();
+      }
+      if (generation < entry.record.generation) throw staleGeneration();
+      using limit = deadlineSignal(
+        clock,
+        operation.deadlineUnixMs - clock.nowMs(),
+        () => new RookeryError("timeout", `the ${kind} was not done in time`),
+        [abort.signal],
+      );
+      const { signal } = limit;
+      try {
+        signal.throwIfAborted();
+        await work(signal, (atWork) => core.workLimit.run(atWork, signal));
+      } catch (cause) {
+        const error = asRookeryError(cause, signal);
+        if (!(cause instanceof RookeryError))
+          core.deps.logger.error({ err: cause, kind }, "unexpected failure");
+        await this.#recordFailure(entry, {
+          kind,
+          generation,
+          error: { code: error.code, message: error.message },
+        });
+        throw error;
+      }
+      return await viewOfSandbox(core, entry);
+    });
+    entry.set({ generation, last: { kind, generation } });
+    const underWay = { kind, generation, promise: queued, abort };
+    entry.underWay = underWay;
+    try {
+      return await queued;
+    } finally {
+      if (entry.underWay === underWay) entry.underWay = undefined;
+    }
+  }
+
+  /** So that a repetition of the command is answered, also after a restart of the agent. */
+  async #recordFailure(entry: SandboxEntry, outcome: Outcome): Promise<void> {
+    if (this.#core.sandboxes.get(entry.id) !== entry) return;
+    if (entry.record.last?.generation !== outcome.generation) return; // a later command came
+    entry.set({ last: outcome });
+    try {
+      await persist(this.#core, entry, { durable: false });
+    } catch (cause) {
+      this.#core.deps.logger.error({ sandboxId: entry.id, err: cause }, "a failure was not written down");
+    }
+  }
+
+  async #sourceOf(
+    spec: SandboxSpec,
+    signal: AbortSignal,
+  ): Promise<{ warm: WarmImage; snapshot: SnapshotRecord | undefined } & Disposable> {
+    const { warmImages } = this.#core.deps;
+    if (spec.source.kind === "image") {
+      const shape = { vcpus: spec.vcpus, memoryMb: spec.memoryMb };
+      const warm = await warmImages.ensure(spec.source.name, shape, signal);
+      keepInPool(this.#core, spec.source.name, warm);
+      return { warm, snapshot: undefined, [Symbol.dispose]: () => undefined };
+    }
+    const use = this.#snapshots.use(spec.source.snapshotId, spec.teamId);
+    try {
+      const warm = await warmImages.open(use.record.warmKey, signal);
+      if (warm === undefined) {
+        throw new RookeryError("host_error", "the warm image that this snapshot stands on is gone");
+      }
+      return { warm, snapshot: use.record, [Symbol.dispose]: () => use[Symbol.dispose]() };
+    } catch (cause) {
+      use[Symbol.dispose]();
+      throw cause;
+    }
+  }
+
+  /** A sandbox that did not come to be: gone, save for its tombstone; or, where undo failed, on its way there. */
+  async #buryFailedCreate(entry: SandboxEntry, error: RookeryError): Promise<void> {
+    const core = this.#core;
+    const { generation } = entry.record;
+    const last = { kind: "create" as const, generation, error: { code: error.code, message: error.message } };
+    // A place that could not be taken away is the pool's, which tries again.
+    const isUndone =
+      !(error instanceof IncompleteUndo) || error.failures.every(({ step }) => step === "take-vm");
+    if (!isUndone) {
+      entry.set({ phase: "stopping", last });
+      entry.unfinished = true;
+      return;
+    }
+    try {
+      await core.tombstones.add({ id: entry.id, generation, last, destroyedAtMs: core.deps.clock.nowMs() });
+    } finally {
+      core.sandboxes.delete(entry.id);
+    }
+  }
+
+  #refuseDead(operation: Operation): void {
+    const tombstone = this.#core.tombstones.get(operation.sandboxId);
+    if (tombstone === undefined || operation.generation > tombstone.generation) return;
+    const { last } = tombstone;
+    if (
+      operation.generation === tombstone.generation &&
+      last?.error !== undefined &&
+      last.kind === "create"
+    ) {
+      throw new RookeryError(last.error.code, last.error.message);
+    }
+    throw staleGeneration();
+  }
+
+  #requireOpen(operation: Operation): void {
+    if (this.#closing) throw new RookeryError("unavailable", "the agent is stopping");
+    if (operation.deadlineUnixMs <= this.#core.deps.clock.nowMs()) {
+      throw new RookeryError("timeout", "the command came after its deadline");
+    }
+  }
+
+  #entry(id: SandboxId): SandboxEntry {
+    const entry = this.#core.sandboxes.get(id);
+    if (entry === undefined) throw notFound();
+    return entry;
+  }
+}
+
+function notFound(): RookeryError {
+  return new RookeryError("not_found", "there is no such sandbox here");
+}
+function alreadyExists(): RookeryError {
+  return new RookeryError("already_exists", "a sandbox of this id is here already");
+}
+function staleGeneration(): RookeryError {
+  return new RookeryError("stale_generation", "a newer command for this sandbox was accepted before");
+}

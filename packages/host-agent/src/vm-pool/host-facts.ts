@@ -1,0 +1,55 @@
+/**
+ * What the agent's core asks of the real host.
+ */
+import { readdir, readFile, statfs } from "node:fs/promises";
+import { setTimeout as delay } from "node:timers/promises";
+import { isErrno } from "../host/errno.ts";
+import type { HostFacts } from "../sandbox-manager/deps.ts";
+
+const KILL_TIMEOUT_MS = 10_000;
+const KILL_POLL_MS = 5;
+
+export async function openHostFacts(): Promise<HostFacts> {
+  const bootId = (await readFile("/proc/sys/kernel/random/boot_id", "utf8")).trim();
+  return { bootId, freeDiskBytes, killProcessesOf };
+}
+
+async function freeDiskBytes(path: string): Promise<number> {
+  const { bavail, bsize } = await statfs(path);
+  return bavail * bsize;
+}
+
+/** Waits until they are gone: what they hold (a TAP, a disk) is busy until then. */
+async function killProcessesOf(uid: number): Promise<void> {
+  if (uid === 0) throw new Error("refusing to end the processes of root");
+  const deadline = Date.now() + KILL_TIMEOUT_MS;
+  for (;;) {
+    const pids = await processesOf(uid);
+    if (pids.length === 0) return;
+    if (Date.now() > deadline) throw new Error(`processes ${pids.join(", ")} of uid ${uid} do not end`);
+    for (const pid of pids) {
+      try {
+        process.kill(pid, "SIGKILL");
+      } catch (cause) {
+        if (!isErrno(cause, "ESRCH")) throw cause;
+      }
+    }
+    await delay(KILL_POLL_MS);
+  }
+}
+
+async function processesOf(uid: number): Promise<number[]> {
+  const found: number[] = [];
+  for (const name of await readdir("/proc")) {
+    if (!/^\d+$/.test(name)) continue;
+    try {
+      const status = await readFile(`/proc/${name}/status`, "utf8");
+      const real = /^Uid:\s+(\d+)/m.exec(status)?.[1];
+      // A zombie holds nothing, and only its parent can end it.
+      if (Number(real) === uid && !/^State:\s+Z/m.test(status)) found.push(Number(name));
+    } catch (cause) {
+      if (!isErrno(cause, "ENOENT", "ESRCH")) throw cause;
+    }
+  }
+  return found;
+}
