@@ -22,6 +22,8 @@ export interface RunOptions {
   okExitCodes?: readonly number[];
   /** Added to the agent's own environment; LC_ALL is C unless given. */
   env?: Readonly<Record<string, string>>;
+  /** Where the program starts; the agent's own unless given. */
+  cwd?: string;
 }
 
 export interface RunResult {
@@ -57,12 +59,21 @@ export async function run(
   argv: readonly [string, ...string[]],
   options: RunOptions = {},
 ): Promise<RunResult> {
-  const { signal, input, timeoutMs = 30_000, maxOutputBytes = 1 << 20, okExitCodes = [0], env } = options;
+  const {
+    signal,
+    input,
+    timeoutMs = 30_000,
+    maxOutputBytes = 1 << 20,
+    okExitCodes = [0],
+    env,
+    cwd,
+  } = options;
   signal?.throwIfAborted();
   const [program, ...args] = argv;
   const child = spawn(program, args, {
     stdio: [input === undefined ? "ignore" : "pipe", "pipe", "pipe"],
     env: { ...process.env, LC_ALL: "C", ...env },
+    cwd,
     detached: true,
   });
 
