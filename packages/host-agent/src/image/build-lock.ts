@@ -6,6 +6,7 @@
  */
 import { spawn } from "node:child_process";
 import { once } from "node:events";
+import { SYSTEM_PATH } from "./definitions.ts";
 
 /** Waits for the lock; `onWait` is called when another process has it. */
 export async function acquireBuildLock(
@@ -31,6 +32,7 @@ async function tryLock(
   signal.throwIfAborted();
   const holder = spawn("flock", [mode, "--conflict-exit-code", "75", path, "sh", "-c", "echo; exec cat"], {
     stdio: ["pipe", "pipe", "inherit"],
+    env: { PATH: SYSTEM_PATH },
     detached: true, // a Ctrl-C is ours to handle: the lock outlives it until the build is undone
   });
   const ended = once(holder, "close").then(([code]: unknown[]) => code);

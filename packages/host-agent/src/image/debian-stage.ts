@@ -28,11 +28,6 @@ export const MMDEBSTRAP_OPTIONS: readonly string[] = [
   // All packages are there already.
   "--skip=download/empty",
   '--aptopt=APT::Install-Recommends "false"',
-  "--dpkgopt=path-exclude=/usr/share/doc/*",
-  "--dpkgopt=path-include=/usr/share/doc/*/copyright",
-  "--dpkgopt=path-exclude=/usr/share/info/*",
-  "--dpkgopt=path-exclude=/usr/share/locale/*",
-  "--dpkgopt=path-exclude=/usr/share/man/*",
   // A tree that a power cut spoiled is thrown away anyway.
   "--dpkgopt=force-unsafe-io",
 ];

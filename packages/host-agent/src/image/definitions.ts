@@ -67,6 +67,13 @@ export function imageDefinition(name: string): ImageDefinition {
   return definition;
 }
 
+/**
+ * Where the distribution's own programs lie. A developer's PATH may have others
+ * of the same name before them (a pyenv shim as mmdebstrap's python made a build
+ * a minute slower).
+ */
+export const SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin";
+
 /** Programs that building an image runs, by the Debian package that brings them. */
 const REQUIRED_PROGRAMS: Readonly<Record<string, readonly string[]>> = {
   apt: ["apt-get", "apt-config"],
@@ -120,9 +127,7 @@ export async function probeImageBuilder(): Promise<BuilderProbe> {
 }
 
 async function isInstalled(program: string): Promise<boolean> {
-  const directories = [...(process.env["PATH"] ?? "").split(delimiter), "/usr/sbin", "/sbin"];
-  for (const directory of directories) {
-    if (directory === "") continue;
+  for (const directory of SYSTEM_PATH.split(delimiter)) {
     try {
       await access(join(directory, program), constants.X_OK);
       return true;

@@ -6,7 +6,7 @@
  *   DATA/images/.stage-NAME-KEY/ a stage's outcome: kernel files, Debian tree
  *   DATA/images/.build-ID/       a build under way; whoever has the lock removes what others left
  *   DATA/images/.lock            held while building, across processes
- *   DATA/images/.resolved.json, .hashes.json   caches; absent is as good as present
+ *   DATA/images/.resolved-NAME.json, .hashes.json   caches; absent is as good as present
  *
  * Invariant: stages and images are made in .build-ID and renamed when whole, so
  * whatever has a name of its own is complete.
@@ -18,7 +18,7 @@ import { RookeryError } from "@rookery/protocol/errors";
 import { readJson, removeTree, syncDirectory, writeFileAtomic } from "../host/atomic-file.ts";
 import { isErrno } from "../host/errno.ts";
 import type { run } from "../host/run.ts";
-import type { ResolvedPackages } from "./apt-archive.ts";
+import type { ArchiveSnapshot, ResolvedPackages } from "./apt-archive.ts";
 import {
   archiveFingerprint,
   downloadPackages,
@@ -31,7 +31,7 @@ import { acquireBuildLock } from "./build-lock.ts";
 import { IMAGE_KERNEL_ARGS } from "./cmdline.ts";
 import { MMDEBSTRAP_OPTIONS, makeDebianTree } from "./debian-stage.ts";
 import type { ImageDefinition } from "./definitions.ts";
-import { BUILDER_VERSION, imageDefinition, probeImageBuilder } from "./definitions.ts";
+import { BUILDER_VERSION, SYSTEM_PATH, imageDefinition, probeImageBuilder } from "./definitions.ts";
 import type { GuestImage, ImageManifest, ImageProgress } from "./guest-image.ts";
 import {
   INITRD_FILE,
@@ -75,7 +75,6 @@ const resolvedCacheSchema = z.object({ key: z.string(), packages: resolvedPackag
 
 /** What an image is made from: `inputs` hashed is its name. */
 interface ImageInputs {
-  packages: ResolvedPackages;
   kernelKey: string;
   debianKey: string;
   inputs: Record<string, string>;
@@ -107,7 +106,8 @@ class DirectoryImageStore {
     const context = this.#contextOf(name, signal);
     const cached = await this.#cachedPackages(definition);
     if (cached !== undefined) {
-      const image = await this.#find(await this.#inputsOf(context, definition, cached));
+      const { hash } = await this.#inputsOf(context, definition, cached);
+      const image = await this.#open(hash);
       if (image !== undefined) return this.#ready(context, image);
     }
     await assertCanBuild();
@@ -142,7 +142,7 @@ class DirectoryImageStore {
   #contextOf(image: string, signal: AbortSignal): BuildContext {
     const { run, guestFilesDir, onProgress } = this.#options;
     return {
-      run,
+      run: (argv, options) => run(argv, { ...options, env: { PATH: SYSTEM_PATH, ...options?.env } }),
       imagesDir: this.#imagesDir,
       guestFilesDir,
       signal,
@@ -166,29 +166,41 @@ class DirectoryImageStore {
   }
 
   async #build(context: BuildContext, definition: ImageDefinition, workDir: string): Promise<GuestImage> {
-    context.report("resolve", "Looking up the guest's packages in this host's apt sources");
-    // Before the lists are read: should apt replace them meanwhile, the key no longer fits.
-    const key = await resolutionKey(definition);
-    const archive = await snapshotArchive(context, definition, join(workDir, "archive"));
-    const packages = await resolvePackages(context, definition, archive);
-    await writeFileAtomic(this.#resolvedFile(definition), JSON.stringify({ key, packages }), { sync: false });
-
+    // Only what must be downloaded or resolved needs the archive: a change of envd does not.
+    let snapshot: Promise<ArchiveSnapshot> | undefined;
+    const archiveOnce = (): Promise<ArchiveSnapshot> =>
+      (snapshot ??= snapshotArchive(context, definition, join(workDir, "archive")));
+    // Again, under the lock: another process may just have resolved and built it.
+    const packages =
+      (await this.#cachedPackages(definition)) ?? (await this.#resolve(context, definition, archiveOnce));
     const wanted = await this.#inputsOf(context, definition, packages);
-    const existing = await this.#find(wanted); // another process may have built it
+    const existing = await this.#open(wanted.hash);
     if (existing !== undefined) return existing;
 
-    const kernelDir = await this.#stage("kernel", wanted.kernelKey, workDir, async (targetDir) => {
-      const debsDir = join(workDir, "boot-debs");
-      await downloadPackages(context, { archive, packages: packages.boot, targetDir: debsDir });
-      context.report("kernel", "Making kernel and initrd");
-      await makeKernelFiles(context, { debsDir, workDir, targetDir });
-    });
-    const debianDir = await this.#stage("debian", wanted.debianKey, workDir, async (targetDir) => {
-      const debsDir = join(workDir, "debs");
-      await downloadPackages(context, { archive, packages: packages.tree, targetDir: debsDir });
-      const packageCount = packages.tree.length;
-      await makeDebianTree(context, { definition, archive, debsDir, packageCount, workDir, targetDir });
-    });
+    const kernelDir = await this.#stage(
+      `${definition.name}-kernel`,
+      wanted.kernelKey,
+      workDir,
+      async (targetDir) => {
+        const debsDir = join(workDir, "boot-debs");
+        const archive = await archiveOnce();
+        await downloadPackages(context, { archive, packages: packages.boot, targetDir: debsDir });
+        context.report("kernel", "Making kernel and initrd");
+        await makeKernelFiles(context, { debsDir, workDir, targetDir });
+      },
+    );
+    const debianDir = await this.#stage(
+      `${definition.name}-debian`,
+      wanted.debianKey,
+      workDir,
+      async (targetDir) => {
+        const debsDir = join(workDir, "debs");
+        const archive = await archiveOnce();
+        await downloadPackages(context, { archive, packages: packages.tree, targetDir: debsDir });
+        const packageCount = packages.tree.length;
+        await makeDebianTree(context, { definition, archive, debsDir, packageCount, workDir, targetDir });
+      },
+    );
 
     const { envdBundleDir, nodeBinary } = this.#options;
     const targetDir = join(workDir, "image");
@@ -208,8 +220,23 @@ class DirectoryImageStore {
     context.report("store", "Writing the image to disk");
     const image = await this.#store(definition, wanted, targetDir);
     const current = new Set([wanted.kernelKey, wanted.debianKey]);
-    await this.#removeEntries((entry) => entry.startsWith(STAGE_PREFIX) && !current.has(entry.slice(-64)));
+    await this.#removeEntries(
+      (entry) => entry.startsWith(`${STAGE_PREFIX}${definition.name}-`) && !current.has(entry.slice(-64)),
+    );
     return image;
+  }
+
+  async #resolve(
+    context: BuildContext,
+    definition: ImageDefinition,
+    archiveOnce: () => Promise<ArchiveSnapshot>,
+  ): Promise<ResolvedPackages> {
+    context.report("resolve", "Looking up the guest's packages in this host's apt sources");
+    // Before the lists are read: should apt replace them meanwhile, the key no longer fits.
+    const key = await resolutionKey(definition);
+    const packages = await resolvePackages(context, definition, await archiveOnce());
+    await writeFileAtomic(this.#resolvedFile(definition), JSON.stringify({ key, packages }), { sync: false });
+    return packages;
   }
 
   async #inputsOf(
@@ -245,7 +272,6 @@ class DirectoryImageStore {
       node: await hashFileCached(nodeBinary, join(this.#imagesDir, ".hashes.json"), signal),
     };
     return {
-      packages,
       kernelKey: hashOf(kernelInputs),
       debianKey: hashOf(debianInputs),
       inputs,
@@ -260,9 +286,9 @@ class DirectoryImageStore {
     workDir: string,
     make: (targetDir: string) => Promise<void>,
   ): Promise<string> {
-    const dir = join(this.#imagesDir, `${STAGE_PREFIX}${name}-${key}`);
-    const isThere = (await readdir(this.#imagesDir)).includes(`${STAGE_PREFIX}${name}-${key}`);
-    if (isThere) return dir;
+    const entry = `${STAGE_PREFIX}${name}-${key}`;
+    const dir = join(this.#imagesDir, entry);
+    if ((await readdir(this.#imagesDir)).includes(entry)) return dir;
     const targetDir = join(workDir, name);
     await make(join(targetDir, "files"));
     await syncFiles(join(targetDir, "files"));
@@ -292,10 +318,6 @@ class DirectoryImageStore {
     await rename(targetDir, dir);
     await syncDirectory(this.#imagesDir);
     return imageOf(dir, manifest);
-  }
-
-  #find(wanted: ImageInputs): Promise<GuestImage | undefined> {
-    return this.#open(wanted.hash);
   }
 
   async #open(hash: string): Promise<GuestImage | undefined> {
