@@ -94,10 +94,11 @@ function openApp(options: ApiOptions, limits: ApiLimits): Api {
     clientErrorHandler: answerClientError,
     http: {
       maxHeaderSize: limits.headerBytes,
-      headersTimeout: limits.headersTimeoutMs,
       connectionsCheckingInterval: Math.min(5_000, limits.headersTimeoutMs),
     },
   }) as unknown as Api;
+  // Fastify sets the request's time-out after the headers' one, which takes it back.
+  app.server.headersTimeout = limits.headersTimeoutMs;
   app.server.maxConnections = limits.connections;
   return app;
 }

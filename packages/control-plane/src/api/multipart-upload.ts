@@ -16,7 +16,8 @@ import type { Upload, UploadLimits } from "./upload.ts";
 import { fileTooLarge, parseGuestPath, stalled } from "./upload.ts";
 import { invalidField } from "./violations.ts";
 
-const PART_LIMITS = { fieldSize: 16_384, fields: 2, files: 2, parts: 4, headerPairs: 32, headerSize: 16_384 };
+/** Two parts and no more: the parser passes silently over parts that it can't name, but it counts them. */
+const PART_LIMITS = { parts: 2, fieldSize: 16_384, headerPairs: 32, headerSize: 16_384 };
 /** Of bytes between the parser and us. */
 const FILE_WINDOW_BYTES = 256 * 1024;
 
@@ -54,9 +55,7 @@ class Form {
     this.#parser.on("file", (name, file) => this.#guard(() => this.#onFile(name, file), file));
     this.#parser.on("finish", () => this.#guard(() => this.#onFinish()));
     this.#parser.on("error", (cause) => this.#fail(malformed("the form is malformed or ended early", cause)));
-    for (const event of ["partsLimit", "filesLimit", "fieldsLimit"] as const) {
-      this.#parser.on(event, () => this.#fail(malformed("the form has more parts than path and file")));
-    }
+    this.#parser.on("partsLimit", () => this.#fail(malformed("the form has more parts than path and file")));
     request.on("error", this.#onTorn).on("close", this.#onTorn);
     request.pipe(this.#parser);
   }

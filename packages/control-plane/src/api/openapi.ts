@@ -2,14 +2,14 @@
  * The document: made from the schemas that validate, plus what a route's
  * `config` implies, so that nobody writes down twice what a call may answer.
  */
-import type { SwaggerTransformObject } from "@fastify/swagger";
 import swagger from "@fastify/swagger";
 import { ERRORS } from "@rookery/protocol/errors";
 import type { ErrorCode } from "@rookery/protocol/errors";
 import type { FastifyContextConfig, FastifySchema } from "fastify";
-import { jsonSchemaTransform, jsonSchemaTransformObject } from "fastify-type-provider-zod";
+import { createJsonSchemaTransform, createJsonSchemaTransformObject } from "fastify-type-provider-zod";
 import type { Api } from "./context.ts";
 import { IDEMPOTENCY_HEADER } from "./idempotency.ts";
+import { polishSchema, tidyComponents } from "./openapi-components.ts";
 import { NoBody } from "./schemas/common.ts";
 import { ErrorAnswer } from "./schemas/errors.ts";
 
@@ -18,8 +18,12 @@ const DESCRIPTION = `Code in microVM sandboxes on machines that you own.
 Give an API key as \`X-API-Key\` or \`Authorization: Bearer\`. Every failure is
 \`{"error":{"code","message","details?"}}\`; decide by \`code\`, never by \`message\`.`;
 
+const zodToJsonConfig = { override: polishSchema };
+const describeRoute = createJsonSchemaTransform({ zodToJsonConfig });
+const addComponents = createJsonSchemaTransformObject({ zodToJsonConfig });
+
 interface JsonSchemas extends Record<string, unknown> {
-  response?: Record<string, unknown>;
+  response?: Record<string, object>;
 }
 
 export async function describeApi(app: Api, version: string): Promise<void> {
@@ -46,12 +50,12 @@ export async function describeApi(app: Api, version: string): Promise<void> {
       },
     },
     transform: (document) => {
-      const { schema, url } = jsonSchemaTransform(document as Parameters<typeof jsonSchemaTransform>[0]);
+      const { schema, url } = describeRoute(document);
       const { route } = document;
       if (schema === undefined || document.schema?.hide === true) return { schema: { hide: true }, url };
       return { schema: complete(schema as JsonSchemas, document.schema, route.config ?? {}), url };
     },
-    transformObject: jsonSchemaTransformObject as SwaggerTransformObject,
+    transformObject: (document) => tidyComponents(addComponents(document)),
   });
 }
 
@@ -75,7 +79,11 @@ function complete(schemas: JsonSchemas, given: FastifySchema, config: FastifyCon
       },
     };
   }
-  result.response = { ...schemas.response, ...errorAnswers(codesOf(given, config)) };
+  const successes = Object.entries(schemas.response ?? {}).map(([status, schema]) => [
+    status,
+    { description: "Done.", ...schema },
+  ]);
+  result.response = { ...Object.fromEntries(successes), ...errorAnswers(codesOf(given, config)) };
   return result;
 }
 

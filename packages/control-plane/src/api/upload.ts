@@ -34,7 +34,6 @@ async function* rawContent(request: IncomingMessage, limits: UploadLimits): Asyn
     if (bytes > limits.fileBytes) throw fileTooLarge(limits);
     yield value;
   }
-  if (!request.complete) throw new RookeryError("invalid_request", "the body ended early");
 }
 
 async function chunkInTime(

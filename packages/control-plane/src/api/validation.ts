@@ -2,7 +2,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import type { FastifySchemaCompiler, FastifySchema } from "fastify";
 import { z } from "zod";
-import { invalidRequest, violationsOf } from "./violations.ts";
+import { invalidField, invalidRequest, violationsOf } from "./violations.ts";
 
 const PLACES: Readonly<Record<string, string>> = { body: "body", querystring: "query", params: "path" };
 
@@ -10,6 +10,10 @@ const PLACES: Readonly<Record<string, string>> = { body: "body", querystring: "q
 export const compileValidator: FastifySchemaCompiler<FastifySchema> = ({ schema, httpPart }) => {
   if (!(schema instanceof z.ZodType)) throw new TypeError(`the ${httpPart} schema is not zod's`);
   return (data: unknown) => {
+    // Zod passes over this one key, even where it takes no unknown ones.
+    if (typeof data === "object" && data !== null && Object.hasOwn(data, "__proto__")) {
+      return { error: invalidField("__proto__", "is not a field of this request") };
+    }
     const result = schema.safeParse(data);
     if (result.success) return { value: result.data };
     if (httpPart === "params")

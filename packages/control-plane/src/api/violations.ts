@@ -3,7 +3,7 @@
  * why, in words that need no knowledge of the validator.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import { z } from "zod";
+import type { z } from "zod";
 import { kindOf } from "./schemas/common.ts";
 
 export interface Violation {

@@ -2,6 +2,7 @@
  * POST /v1/sandboxes/{id}/files/write and /read: bytes in and out, streamed both
  * ways with the slower side setting the pace.
  */
+import { RookeryError } from "@rookery/protocol/errors";
 import type { FastifyRequest } from "fastify";
 import { Readable } from "node:stream";
 import { z } from "zod";
@@ -160,12 +161,16 @@ async function* resumed(
     for (; next.done !== true; next = await chunks.next()) {
       bytes += next.value.byteLength;
       if (sizeBytes !== undefined && bytes > sizeBytes)
-        throw new Error(`the file is longer than ${sizeBytes} bytes`);
+        throw lied(`the file is longer than the ${sizeBytes} bytes that the guest said`);
       yield next.value;
     }
   } finally {
     if (next.done !== true) await chunks.return?.();
   }
   if (sizeBytes !== undefined && bytes < sizeBytes)
-    throw new Error(`the file ended after ${bytes} of ${sizeBytes} bytes`);
+    throw lied(`the file ended after ${bytes} of ${sizeBytes} bytes`);
+}
+
+function lied(message: string): RookeryError {
+  return new RookeryError("guest_error", message);
 }

@@ -1,7 +1,8 @@
 /** /v1/sandboxes: the life of sandboxes. */
 import { z } from "zod";
 import type { SandboxId } from "../../model/ids.ts";
-import type { Services } from "../../service/services.ts";
+import type { Sandbox as SandboxModel } from "../../model/sandbox.ts";
+import type { Caller, Services } from "../../service/services.ts";
 import { callerOf } from "../authentication.ts";
 import type { Api } from "../context.ts";
 import { answerOnce } from "../idempotency.ts";
@@ -141,9 +142,13 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
   );
 
   for (const [action, summary, move] of [
-    ["pause", "Freeze it with its memory and free what it holds of the host", services.pauseSandbox],
-    ["resume", "Bring a paused sandbox back", services.resumeSandbox],
-  ] as const) {
+    [
+      "pause",
+      "Freeze it with its memory and free what it holds of the host",
+      (caller, id) => services.pauseSandbox(caller, id),
+    ],
+    ["resume", "Bring a paused sandbox back", (caller, id) => services.resumeSandbox(caller, id)],
+  ] satisfies [string, string, (caller: Caller, id: SandboxId) => Promise<SandboxModel>][]) {
     app.post(
       `/v1/sandboxes/:id/${action}`,
       {
@@ -160,7 +165,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
           response: { 200: Sandbox },
         },
       },
-      async (request) => renderSandbox(await move.call(services, callerOf(request), sandboxIdOf(request))),
+      async (request) => renderSandbox(await move(callerOf(request), sandboxIdOf(request))),
     );
   }
 

@@ -95,6 +95,7 @@ export function textMap({ maxValueLength, flawOfKey }: TextMapLimits) {
 
 function flawOfEntry(key: string, value: unknown, maxValueLength: number): string | undefined {
   if (key.length === 0) return "must not be an empty key";
+  if (key === "__proto__") return "must be another key";
   if (key.length > MAX_KEY_LENGTH) return `must be a key of at most ${MAX_KEY_LENGTH} characters`;
   const flawOfKeyText = flawOfText(key);
   if (flawOfKeyText !== undefined) return `${flawOfKeyText}, in its key`;
@@ -114,8 +115,8 @@ export const environment = textMap({
 export function queryInteger({ min, max, fallback }: { min: number; max: number; fallback: number }) {
   return z
     .string()
-    .default(String(fallback))
-    .transform((value, context) => {
+    .optional()
+    .transform((value = String(fallback), context) => {
       const number = /^[0-9]{1,15}$/.test(value) ? Number(value) : Number.NaN;
       if (number >= min && number <= max) return number;
       context.addIssue({ code: "custom", message: `must be an integer from ${min} to ${max}` });

@@ -101,8 +101,7 @@ export const ListSandboxesQuery = z
       .max(256)
       .transform((list, context): SandboxStatus[] => {
         const statuses = list.split(",");
-        const unknown = statuses.find((name) => !(SANDBOX_STATUSES as readonly string[]).includes(name));
-        if (unknown === undefined) return statuses as SandboxStatus[];
+        if (statuses.every(isStatus)) return statuses;
         context.addIssue({
           code: "custom",
           message: `must be a comma-separated list of ${SANDBOX_STATUSES.join(", ")}`,
@@ -117,7 +116,8 @@ export const ListSandboxesQuery = z
   .catchall(z.unknown())
   .transform((query, context) => {
     const { limit, cursor, status, ...open } = query;
-    const filter: Record<string, unknown> = {};
+    // Without a prototype: a KEY may have any name.
+    const filter: Record<string, unknown> = Object.create(null);
     for (const [name, value] of Object.entries(open)) {
       if (!name.startsWith(METADATA_PREFIX)) {
         context.addIssue({ code: "unrecognized_keys", keys: [name], input: query });
@@ -128,6 +128,10 @@ export const ListSandboxesQuery = z
     const metadata = parseMetadataFilter(filter, context);
     return { limit, cursor, statuses: status ?? [], metadata };
   });
+
+function isStatus(name: string): name is SandboxStatus {
+  return (SANDBOX_STATUSES as readonly string[]).includes(name);
+}
 
 function parseMetadataFilter(
   filter: Record<string, unknown>,

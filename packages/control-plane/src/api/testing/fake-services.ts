@@ -31,7 +31,7 @@ export class FakeServices implements Services {
   readonly files = new Map<string, Uint8Array>();
   /** Set by tests. */
   isReady = true;
-  exec_: ExecBehaviour = async (input) => output({ stdout: `${input.cmd} ${input.args.join(" ")}`.trim() });
+  onExec: ExecBehaviour = async (input) => output({ stdout: `${input.cmd} ${input.args.join(" ")}`.trim() });
   failure: Error | undefined;
 
   readonly #callers = new Map<string, Caller>();
@@ -151,7 +151,7 @@ export class FakeServices implements Services {
 
   async exec(caller: Caller, id: SandboxId, input: ExecInput, signal: AbortSignal): Promise<ExecResult> {
     await this.#running(caller, id);
-    return this.exec_(input, signal);
+    return this.onExec(input, signal);
   }
 
   async writeFile(

@@ -85,9 +85,9 @@ function answerChecker(document: Json): TestApi["check"] {
   return (method, url, { status, headers, raw }) => {
     assert.match(String(headers["x-request-id"]), /^[0-9a-f-]{36}$/, "every answer names its request");
     assert.equal(headers["x-content-type-options"], "nosniff");
-    const type = String(headers["content-type"] ?? "").split(";")[0] ?? "";
+    const type = typeOf(headers["content-type"]);
+    if (method === "HEAD") return undefined;
     const body: Json = type === "application/json" ? JSON.parse(raw.toString()) : undefined;
-    if (method === "HEAD") return body;
     const path = Object.keys(document.paths).find((one) => matches(one, url.split("?")[0] ?? ""));
     const operation = path === undefined ? undefined : document.paths[path][method.toLowerCase()];
     if (status >= 400) {
@@ -137,6 +137,10 @@ function expectValid(validate: ValidateFunction, body: unknown, url: string): vo
 
 function matches(template: string, path: string): boolean {
   return new RegExp(`^${template.replaceAll(/\{[^}]+\}/g, "[^/]+").replaceAll(".", "\\.")}$`).test(path);
+}
+
+function typeOf(header: unknown): string {
+  return typeof header === "string" ? (header.split(";")[0] ?? "") : "";
 }
 
 function isTime(text: string): boolean {
