@@ -50,7 +50,7 @@ async function tryLock(
       };
     }
     if (first === 75) return undefined;
-    throw new Error(`flock ${path}: ended with ${first}`);
+    throw new Error(`flock ${path}: ended with ${String(first)}`);
   } catch (cause) {
     holder.kill("SIGKILL");
     holder.stdin.destroy(); // should it have got the lock just now: ends what holds it

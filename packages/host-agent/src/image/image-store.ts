@@ -111,18 +111,18 @@ class DirectoryImageStore {
       if (image !== undefined) return this.#ready(context, image);
     }
     await assertCanBuild();
-    await using lock = await acquireBuildLock(join(this.#imagesDir, ".lock"), {
-      signal,
-      onWait: () => context.report("wait", "Another process is building an image here: waiting for it"),
-    });
+    await using held = new AsyncDisposableStack();
+    held.use(
+      await acquireBuildLock(join(this.#imagesDir, ".lock"), {
+        signal,
+        onWait: () => context.report("wait", "Another process is building an image here: waiting for it"),
+      }),
+    );
     // Whoever left these is dead: it would have the lock.
     await this.#removeEntries((entry) => entry.startsWith(BUILD_PREFIX));
     const workDir = await mkdtemp(join(this.#imagesDir, BUILD_PREFIX));
-    try {
-      return this.#ready(context, await this.#build(context, definition, workDir));
-    } finally {
-      await removeTree(workDir);
-    }
+    held.defer(() => removeTree(workDir));
+    return this.#ready(context, await this.#build(context, definition, workDir));
   }
 
   async list(): Promise<GuestImage[]> {

@@ -1,0 +1,40 @@
+/**
+ * The guest image for tests that boot real guests: built once per checkout,
+ * below .rookery/test, from the envd of this checkout. Nothing of a running
+ * product is touched, and suites that ask at the same time wait for one build.
+ */
+import { join } from "node:path";
+import { buildEnvd } from "../../../../envd/build.mjs";
+import { removeTree } from "../../host/atomic-file.ts";
+import { run } from "../../host/run.ts";
+import type { GuestImage } from "../guest-image.ts";
+import type { ImageStoreOptions } from "../image-store.ts";
+import { openImageStore } from "../image-store.ts";
+
+const REPOSITORY_DIR = join(import.meta.dirname, "../../../../..");
+export const TEST_DATA_DIR = join(REPOSITORY_DIR, ".rookery/test");
+
+/** All but the progress callback, for tests that open a store of their own. */
+export async function testImageStoreOptions(dataDir: string): Promise<ImageStoreOptions> {
+  // One folder per process: another suite may be reading what we would overwrite.
+  const envdBundleDir = join(TEST_DATA_DIR, `envd-${process.pid}`);
+  await buildEnvd(envdBundleDir);
+  return {
+    dataDir,
+    envdBundleDir,
+    guestFilesDir: join(REPOSITORY_DIR, "packages/guest-image"),
+    nodeBinary: process.execPath,
+    run,
+    clock: Date,
+  };
+}
+
+export async function testImage(signal: AbortSignal): Promise<GuestImage> {
+  const options = await testImageStoreOptions(TEST_DATA_DIR);
+  try {
+    const store = await openImageStore(options);
+    return await store.ensure("base", signal);
+  } finally {
+    await removeTree(options.envdBundleDir);
+  }
+}
