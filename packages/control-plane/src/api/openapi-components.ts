@@ -22,7 +22,7 @@ export function tidyComponents<T extends object>(document: T): T {
       return [name, used.has(plain) ? name : plain];
     }),
   );
-  const kept = Object.fromEntries([...names].toSorted().map(([name, plain]) => [plain, schemas[name]]));
+  const kept = Object.fromEntries([...names].map(([name, plain]) => [plain, schemas[name]]));
   return renamed({ ...document, components: { ...components, schemas: kept } }, names);
 }
 
