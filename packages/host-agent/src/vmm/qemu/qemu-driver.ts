@@ -48,6 +48,7 @@ interface HostFacts {
 
 export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
   const bases = new MemoryBases();
+  const live = new Set<QemuProcess>();
   let facts: Promise<HostFacts> | undefined;
 
   /** Found once; after a failure, again. */
@@ -57,6 +58,11 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
       throw cause;
     });
     return facts;
+  };
+
+  const keep = (qemu: QemuProcess): void => {
+    live.add(qemu);
+    void qemu.exited.then(() => live.delete(qemu));
   };
 
   return {
@@ -108,6 +114,7 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
             start: { kind: "boot", cmdline },
           },
           bootFiles: [kernel, initrd],
+          keep,
           signal,
         });
       } finally {
@@ -134,13 +141,17 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
           start: { kind: "clone" },
         },
         bootFiles: [],
+        keep,
         signal,
       });
     },
 
-    adopt: (place, record, signal) => adopt(bases, place, record, signal),
+    adopt: (place, record, signal) => adopt({ bases, place, record, keep }, signal),
 
-    close: () => bases.close(),
+    async close() {
+      await Promise.all([...live].map((qemu) => qemu.detach()));
+      await bases.close();
+    },
   };
 }
 
@@ -155,6 +166,7 @@ interface StartOptions {
   memory: GuestMemory;
   machine: QemuMachine;
   bootFiles: readonly number[];
+  keep(qemu: QemuProcess): void;
   signal: AbortSignal;
 }
 
@@ -198,6 +210,7 @@ async function start(options: StartOptions): Promise<Vm> {
     };
     const record: VmRecord = { kind: "qemu", vmId: place.vmId, ...launched.identity, driver: { ...facts } };
     const qemu = await QemuProcess.connect(place, launched.identity, launched.child, signal);
+    options.keep(qemu);
     try {
       await setCapabilities(qemu, signal);
       return new QemuVm(
@@ -223,12 +236,15 @@ async function setCapabilities(qemu: QemuProcess, signal: AbortSignal): Promise<
   await qemu.command("migrate-set-capabilities", { capabilities }, { signal });
 }
 
-async function adopt(
-  bases: MemoryBases,
-  place: VmPlace,
-  record: VmRecord,
-  signal: AbortSignal,
-): Promise<Vm | undefined> {
+interface AdoptOptions {
+  bases: MemoryBases;
+  place: VmPlace;
+  record: VmRecord;
+  keep(qemu: QemuProcess): void;
+}
+
+async function adopt(options: AdoptOptions, signal: AbortSignal): Promise<Vm | undefined> {
+  const { bases, place, record } = options;
   const identity = { pid: record.pid, startTime: record.startTime };
   if (record.kind !== "qemu" || !(await isAlive(identity))) return undefined;
   const facts = qemuRecordSchema.parse(record.driver);
@@ -251,6 +267,7 @@ async function adopt(
     releaseMemory(memory);
     throw cause;
   }
+  options.keep(qemu);
   const { status } = await qemu.command("query-status", {}, { signal });
   switch (status) {
     case "inmigrate":

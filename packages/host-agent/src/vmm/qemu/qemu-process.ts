@@ -77,6 +77,13 @@ export class QemuProcess {
     }
   }
 
+  /** Leaves the process to the agent that comes after this one: it takes one connection at a time. */
+  async detach(): Promise<void> {
+    const qmp = this.#qmp;
+    this.#qmp = undefined;
+    await qmp?.[Symbol.asyncDispose]();
+  }
+
   get hasEnded(): boolean {
     return this.#ending.signal.aborted;
   }
