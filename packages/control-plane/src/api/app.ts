@@ -8,6 +8,7 @@
 import helmet from "@fastify/helmet";
 import { RookeryError } from "@rookery/protocol/errors";
 import Fastify, { LogController } from "fastify";
+import type { ZodTypeProvider } from "fastify-type-provider-zod";
 import { randomUUID } from "node:crypto";
 import { Registry } from "prom-client";
 import type { Services } from "../service/services.ts";
@@ -15,7 +16,6 @@ import { authenticateRequests } from "./authentication.ts";
 import { DEFAULT_LIMITS } from "./context.ts";
 import type { Api, ApiLimits, ApiOptions } from "./context.ts";
 import { answerClientError, answerError } from "./error-answer.ts";
-import { refuseUnwantedKeys } from "./idempotency.ts";
 import { acceptJson } from "./json-body.ts";
 import { describeApi } from "./openapi.ts";
 import { CONTENT_POLICY, servePages, sourceAssets } from "./pages.ts";
@@ -30,8 +30,7 @@ import { teamRoutes } from "./routes/teams.ts";
 import { answerUnknownRoutes } from "./unknown-routes.ts";
 import { compileSerializer, compileValidator } from "./validation.ts";
 
-export type { Api, ApiLimits, ApiOptions } from "./context.ts";
-export type { AssetDirectories } from "./pages.ts";
+export type { Api, ApiOptions } from "./context.ts";
 
 /** Not yet listening: call listen(), or inject() in tests. */
 export async function buildApi(services: Services, options: ApiOptions): Promise<Api> {
@@ -56,7 +55,6 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
   refuseWhenClosing(app);
   acceptJson(app, limits);
   await authenticateRequests(app, services, limits);
-  refuseUnwantedKeys(app);
   await describeApi(app, options.version);
 
   await app.register(async (scope: Api) => {
@@ -75,7 +73,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
 }
 
 function openApp(options: ApiOptions, limits: ApiLimits): Api {
-  const app = Fastify({
+  const app: Api = Fastify({
     loggerInstance: options.logger,
     logController: new LogController({ disableRequestLogging: true, requestIdLogLabel: "request" }),
     genReqId: () => randomUUID(),
@@ -96,7 +94,7 @@ function openApp(options: ApiOptions, limits: ApiLimits): Api {
       maxHeaderSize: limits.headerBytes,
       connectionsCheckingInterval: Math.min(5_000, limits.headersTimeoutMs),
     },
-  }) as unknown as Api;
+  }).withTypeProvider<ZodTypeProvider>();
   // Fastify sets the request's time-out after the headers' one, which takes it back.
   app.server.headersTimeout = limits.headersTimeoutMs;
   app.server.maxConnections = limits.connections;

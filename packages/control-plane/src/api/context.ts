@@ -56,17 +56,12 @@ export interface ApiOptions {
 /** Who may call a route: anyone, a team's key, a platform key, or an agent by its own token. */
 export type Access = "public" | "key" | "platform" | "agent";
 
-/**
- * `stored`: the call takes an Idempotency-Key. `refused`: its answer has a
- * secret, which nothing may store, so a key is refused rather than ignored.
- */
-export type Idempotency = "stored" | "refused";
-
 declare module "fastify" {
   interface FastifyContextConfig {
     /** Every route says it; a route that doesn't fails the start. */
     access?: Access;
-    idempotency?: Idempotency;
+    /** The call takes an Idempotency-Key. */
+    isIdempotent?: boolean;
     /** Codes besides those that its access, body and parameters imply. */
     errors?: readonly ErrorCode[];
     /** Media types of a body that no schema reads, for the document. */

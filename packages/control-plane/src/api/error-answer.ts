@@ -69,10 +69,10 @@ const FASTIFY_CODES: Readonly<Record<string, readonly [ErrorCode, string]>> = {
 export function toRookeryError(error: unknown, request: FastifyRequest): RookeryError {
   if (error instanceof RookeryError) return error;
   if (error instanceof Error) {
-    const code = (error as { code?: unknown }).code;
+    const code = "code" in error ? error.code : undefined;
     const known = typeof code === "string" ? FASTIFY_CODES[code] : undefined;
     if (known !== undefined) return new RookeryError(known[0], known[1], { cause: error });
-    const status = (error as { statusCode?: unknown }).statusCode;
+    const status = "statusCode" in error ? error.statusCode : undefined;
     if (
       typeof code === "string" &&
       code.startsWith("FST_ERR_") &&

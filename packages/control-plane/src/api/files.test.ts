@@ -1,5 +1,5 @@
 /** Files in by forms and by bodies, files out; and forms as broken as they come. */
-import fc from "fast-check";
+import * as fc from "fast-check";
 import { randomBytes } from "node:crypto";
 import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import { openTestApi } from "./testing/test-api.ts";

@@ -1,6 +1,9 @@
 /**
  * Idempotency-Key: the same key and body get the same answer for 24 h.
  *
+ * That holds where the answer has a secret too: the services seal what they
+ * store, and a caller who lost his answer gets it again instead of a second key.
+ *
  * What counts as the same body is its meaning: the parsed fields, defaults filled
  * in, whatever their order and spacing were.
  */
@@ -8,22 +11,10 @@ import type { FastifyReply, FastifyRequest } from "fastify";
 import { createHash } from "node:crypto";
 import type { Services } from "../service/services.ts";
 import { callerOf } from "./authentication.ts";
-import type { Api } from "./context.ts";
 import { invalidField } from "./violations.ts";
 
 export const IDEMPOTENCY_HEADER = "Idempotency-Key";
 const KEY = /^[\x20-\x7e]{1,255}$/;
-
-/** A key is refused where no answer may be stored: to ignore it would break its promise. */
-export function refuseUnwantedKeys(app: Api): void {
-  app.addHook("onRequest", async (request) => {
-    if (request.routeOptions.config.idempotency !== "refused" || keyOf(request) === undefined) return;
-    throw invalidField(
-      IDEMPOTENCY_HEADER,
-      "is not taken by this call: its answer has a secret, and secrets are never stored",
-    );
-  });
-}
 
 /** What `work` answers, or what it answered before: its status is set, its body returned. */
 export async function answerOnce<T>(
@@ -38,6 +29,7 @@ export async function answerOnce<T>(
       ? await work()
       : await services.idempotent(callerOf(request), key, fingerprintOf(request), work);
   reply.code(answer.status);
+  // oxlint-disable-next-line typescript/no-unsafe-type-assertion -- an answer of this same work, or stored of it
   return answer.body as T;
 }
 

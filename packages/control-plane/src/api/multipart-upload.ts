@@ -9,7 +9,7 @@
  * kept somewhere.
  */
 import { Busboy } from "@fastify/busboy";
-import type { BusboyFileStream, BusboyHeaders, BusboyInstance } from "@fastify/busboy";
+import type { BusboyFileStream, BusboyInstance } from "@fastify/busboy";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { IncomingMessage } from "node:http";
 import type { Upload, UploadLimits } from "./upload.ts";
@@ -118,7 +118,7 @@ class Form {
       step();
     } catch (error) {
       unwanted?.on("error", () => {}).resume();
-      this.#fail(error as Error);
+      this.#fail(error instanceof Error ? error : new Error("a thrown value", { cause: error }));
     }
   }
 
@@ -156,7 +156,7 @@ class Form {
 function openParser(request: IncomingMessage, limits: UploadLimits): BusboyInstance {
   try {
     return new Busboy({
-      headers: request.headers as BusboyHeaders,
+      headers: { ...request.headers, "content-type": request.headers["content-type"] ?? "" },
       limits: { ...PART_LIMITS, fileSize: limits.fileBytes },
       isPartAFile: (name) => name !== "path",
       fileHwm: FILE_WINDOW_BYTES,

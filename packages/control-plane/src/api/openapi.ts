@@ -22,10 +22,6 @@ const zodToJsonConfig = { override: polishSchema };
 const describeRoute = createJsonSchemaTransform({ zodToJsonConfig });
 const addComponents = createJsonSchemaTransformObject({ zodToJsonConfig });
 
-interface JsonSchemas extends Record<string, unknown> {
-  response?: Record<string, object>;
-}
-
 export async function describeApi(app: Api, version: string): Promise<void> {
   await app.register(swagger, {
     openapi: {
@@ -53,21 +49,21 @@ export async function describeApi(app: Api, version: string): Promise<void> {
       const { schema, url } = describeRoute(document);
       const { route } = document;
       if (schema === undefined || document.schema?.hide === true) return { schema: { hide: true }, url };
-      return { schema: complete(schema as JsonSchemas, document.schema, route.config ?? {}), url };
+      return { schema: complete(schema, document.schema, route.config ?? {}), url };
     },
     transformObject: (document) => tidyComponents(addComponents(document)),
   });
 }
 
-function complete(schemas: JsonSchemas, given: FastifySchema, config: FastifyContextConfig): FastifySchema {
-  const result: JsonSchemas = { ...schemas, security: securityOf(config, given) };
-  if (given.body === NoBody) delete result["body"];
+function complete(schemas: FastifySchema, given: FastifySchema, config: FastifyContextConfig): FastifySchema {
+  const result: FastifySchema = { ...schemas, security: securityOf(config, given) };
+  if (given.body === NoBody) delete result.body;
   if (config.rawBody !== undefined) {
     const types = Object.entries(config.rawBody).map(([type, schema]) => [type, { schema }]);
-    result["body"] = { content: Object.fromEntries(types) };
+    result.body = { content: Object.fromEntries(types) };
   }
-  if (config.idempotency === "stored") {
-    result["headers"] = {
+  if (config.isIdempotent === true) {
+    result.headers = {
       type: "object",
       properties: {
         [IDEMPOTENCY_HEADER]: {
@@ -79,7 +75,8 @@ function complete(schemas: JsonSchemas, given: FastifySchema, config: FastifyCon
       },
     };
   }
-  const successes = Object.entries(schemas.response ?? {}).map(([status, schema]) => [
+  const answers: Record<string, object> = Object.assign({}, schemas.response);
+  const successes = Object.entries(answers).map(([status, schema]) => [
     status,
     { description: "Done.", ...schema },
   ]);
@@ -102,8 +99,8 @@ function codesOf(given: FastifySchema, config: FastifyContextConfig): Set<ErrorC
   if (given.body !== undefined || config.rawBody !== undefined) {
     add("invalid_request", "payload_too_large", "unsupported_media_type");
   }
-  if (given.querystring !== undefined || config.idempotency !== undefined) add("invalid_request");
-  if (config.idempotency === "stored") add("idempotency_mismatch");
+  if (given.querystring !== undefined || config.isIdempotent === true) add("invalid_request");
+  if (config.isIdempotent === true) add("idempotency_mismatch");
   return codes;
 }
 

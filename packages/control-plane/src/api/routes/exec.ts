@@ -5,7 +5,6 @@ import { clientSignal } from "../client-signal.ts";
 import type { Api } from "../context.ts";
 import { renderExec } from "../render-exec.ts";
 import { Exec, ExecAnswer, SandboxParams } from "../schemas/sandboxes.ts";
-import { sandboxIdOf } from "./sandboxes.ts";
 
 export async function execRoutes(app: Api, services: Services): Promise<void> {
   app.post(
@@ -38,7 +37,7 @@ export async function execRoutes(app: Api, services: Services): Promise<void> {
       const { body } = request;
       const result = await services.exec(
         callerOf(request),
-        sandboxIdOf(request),
+        request.params.id,
         {
           cmd: body.cmd,
           args: body.args,

@@ -14,7 +14,6 @@ import { readMultipart } from "../multipart-upload.ts";
 import { ReadFile, SandboxParams, WriteFileQuery } from "../schemas/sandboxes.ts";
 import { readRawUpload, refuseTooLarge } from "../upload.ts";
 import type { Upload } from "../upload.ts";
-import { sandboxIdOf } from "./sandboxes.ts";
 
 const tags = ["commands and files"];
 const FILE_ERRORS = [
@@ -73,7 +72,7 @@ export async function writeFileRoute(app: Api, services: Services, limits: ApiLi
       try {
         await services.writeFile(
           callerOf(request),
-          sandboxIdOf(request),
+          request.params.id,
           upload.path,
           abortingWhenTorn(upload.content, torn),
           AbortSignal.any([signal, torn.signal]),
@@ -134,7 +133,7 @@ export async function readFileRoute(app: Api, services: Services): Promise<void>
       const signal = clientSignal(reply);
       const { sizeBytes, content } = await services.readFile(
         callerOf(request),
-        sandboxIdOf(request),
+        request.params.id,
         request.body.path,
         signal,
       );

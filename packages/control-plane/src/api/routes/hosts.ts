@@ -1,8 +1,9 @@
 /** /v1/hosts: for people who own machines, and for the agents on them. */
-import type { HostId } from "../../model/ids.ts";
+// oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import type { Services } from "../../service/services.ts";
 import { accessTokenOf, callerOf } from "../authentication.ts";
 import type { Api } from "../context.ts";
+import { answerOnce } from "../idempotency.ts";
 import { renderHost, renderHostPage, renderRegistrationToken } from "../render-host.ts";
 import { NoBody, PageQuery } from "../schemas/common.ts";
 import {
@@ -19,15 +20,13 @@ import {
   Registration,
 } from "../schemas/hosts.ts";
 
-const hostIdOf = ({ params }: { params: { id: string } }): HostId => params.id as HostId;
-
 export async function hostRoutes(app: Api, services: Services): Promise<void> {
   app.post(
     "/v1/hosts",
     {
       config: {
         access: "key",
-        idempotency: "refused",
+        isIdempotent: true,
         errors: ["forbidden", "already_exists", "quota_exceeded"],
       },
       schema: {
@@ -39,16 +38,17 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
         response: { 201: HostRegistrationToken },
       },
     },
-    async (request, reply) => {
-      const made = await services.createHost(callerOf(request), request.body);
-      return reply.code(201).send(renderRegistrationToken(made));
-    },
+    async (request, reply) =>
+      answerOnce(services, request, reply, async () => {
+        const made = await services.createHost(callerOf(request), request.body);
+        return { status: 201, body: renderRegistrationToken(made) };
+      }),
   );
 
   app.post(
     "/v1/hosts/:id/token",
     {
-      config: { access: "key", idempotency: "refused", errors: ["wrong_state", "forbidden"] },
+      config: { access: "key", errors: ["wrong_state", "forbidden"] },
       schema: {
         tags: ["hosts"],
         operationId: "renewRegistrationToken",
@@ -59,7 +59,7 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
       },
     },
     async (request, reply) => {
-      const made = await services.newRegistrationToken(callerOf(request), hostIdOf(request));
+      const made = await services.newRegistrationToken(callerOf(request), request.params.id);
       return reply.code(201).send(renderRegistrationToken(made));
     },
   );
@@ -91,7 +91,7 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
         response: { 200: Host },
       },
     },
-    async (request) => renderHost(await services.getHost(callerOf(request), hostIdOf(request))),
+    async (request) => renderHost(await services.getHost(callerOf(request), request.params.id)),
   );
 }
 
@@ -146,7 +146,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
     },
     async (request) => {
       const { body } = request;
-      const { acknowledgedEvent } = await services.heartbeat(accessTokenOf(request), hostIdOf(request), {
+      const { acknowledgedEvent } = await services.heartbeat(accessTokenOf(request), request.params.id, {
         load: {
           cpus: body.load.cpus,
           memoryMbUsed: body.load.memory_mb_used,

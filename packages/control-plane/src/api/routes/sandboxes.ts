@@ -1,4 +1,5 @@
 /** /v1/sandboxes: the life of sandboxes. */
+// oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import { z } from "zod";
 import type { SandboxId } from "../../model/ids.ts";
 import type { Sandbox as SandboxModel } from "../../model/sandbox.ts";
@@ -21,16 +22,13 @@ const tags = ["sandboxes"];
 /** What an operation that needs the sandbox's host can meet. */
 const HOST_ERRORS = ["host_error", "host_unreachable", "timeout"] as const;
 
-/** The params schema let only well-formed ids through. */
-export const sandboxIdOf = ({ params }: { params: { id: string } }): SandboxId => params.id as SandboxId;
-
 export async function sandboxRoutes(app: Api, services: Services): Promise<void> {
   app.post(
     "/v1/sandboxes",
     {
       config: {
         access: "key",
-        idempotency: "stored",
+        isIdempotent: true,
         errors: [
           ...HOST_ERRORS,
           "template_not_found",
@@ -94,7 +92,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
         response: { 200: Sandbox },
       },
     },
-    async (request) => renderSandbox(await services.getSandbox(callerOf(request), sandboxIdOf(request))),
+    async (request) => renderSandbox(await services.getSandbox(callerOf(request), request.params.id)),
   );
 
   app.patch(
@@ -112,7 +110,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
     },
     async (request) => {
       const { body } = request;
-      const sandbox = await services.updateSandbox(callerOf(request), sandboxIdOf(request), {
+      const sandbox = await services.updateSandbox(callerOf(request), request.params.id, {
         timeoutSec: body.timeout_sec,
         onTimeout: body.on_timeout,
         timeoutMode: body.timeout_mode,
@@ -136,7 +134,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
       },
     },
     async (request, reply) => {
-      await services.destroySandbox(callerOf(request), sandboxIdOf(request));
+      await services.destroySandbox(callerOf(request), request.params.id);
       return reply.code(204).send();
     },
   );
@@ -165,7 +163,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
           response: { 200: Sandbox },
         },
       },
-      async (request) => renderSandbox(await move(callerOf(request), sandboxIdOf(request))),
+      async (request) => renderSandbox(await move(callerOf(request), request.params.id)),
     );
   }
 
@@ -183,7 +181,7 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
       },
     },
     async (request, reply) => {
-      await services.pingSandbox(callerOf(request), sandboxIdOf(request));
+      await services.pingSandbox(callerOf(request), request.params.id);
       return reply.code(204).send();
     },
   );

@@ -1,4 +1,5 @@
 /** /v1/snapshots and /v1/templates: what sandboxes are made from. */
+// oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import { RookeryError } from "@rookery/protocol/errors";
 import { z } from "zod";
 import { isSandboxId } from "../../model/ids.ts";
@@ -24,7 +25,7 @@ export async function snapshotRoutes(app: Api, services: Services): Promise<void
     {
       config: {
         access: "key",
-        idempotency: "stored",
+        isIdempotent: true,
         errors: [
           "not_found",
           "wrong_state",

@@ -1,9 +1,10 @@
 /** /v1/api-keys and /v1/teams. */
+// oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import { z } from "zod";
-import type { ApiKeyId } from "../../model/ids.ts";
 import type { Services } from "../../service/services.ts";
 import { callerOf } from "../authentication.ts";
 import type { Api } from "../context.ts";
+import { answerOnce } from "../idempotency.ts";
 import { renderApiKey, renderApiKeyPage, renderTeam, renderTeamPage } from "../render-team.ts";
 import { NoBody, PageQuery } from "../schemas/common.ts";
 import {
@@ -20,7 +21,7 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
   app.post(
     "/v1/api-keys",
     {
-      config: { access: "key", idempotency: "refused", errors: ["forbidden", "quota_exceeded"] },
+      config: { access: "key", isIdempotent: true, errors: ["forbidden", "quota_exceeded"] },
       schema: {
         tags: ["teams and keys"],
         operationId: "createApiKey",
@@ -29,10 +30,11 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
         response: { 201: CreatedApiKey },
       },
     },
-    async (request, reply) => {
-      const { apiKey, key } = await services.createApiKey(callerOf(request), request.body);
-      return reply.code(201).send({ api_key: renderApiKey(apiKey), key });
-    },
+    async (request, reply) =>
+      answerOnce(services, request, reply, async () => {
+        const { apiKey, key } = await services.createApiKey(callerOf(request), request.body);
+        return { status: 201, body: { api_key: renderApiKey(apiKey), key } };
+      }),
   );
 
   app.get(
@@ -64,7 +66,7 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
       },
     },
     async (request, reply) => {
-      await services.deleteApiKey(callerOf(request), request.params.id as ApiKeyId);
+      await services.deleteApiKey(callerOf(request), request.params.id);
       return reply.code(204).send();
     },
   );
@@ -72,7 +74,7 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
   app.post(
     "/v1/teams",
     {
-      config: { access: "platform", idempotency: "refused", errors: ["already_exists"] },
+      config: { access: "platform", isIdempotent: true, errors: ["already_exists"] },
       schema: {
         tags: ["teams and keys"],
         operationId: "createTeam",
@@ -81,10 +83,11 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
         response: { 201: CreatedTeam },
       },
     },
-    async (request, reply) => {
-      const { team, apiKey, key } = await services.createTeam(callerOf(request), request.body);
-      return reply.code(201).send({ team: renderTeam(team), api_key: renderApiKey(apiKey), key });
-    },
+    async (request, reply) =>
+      answerOnce(services, request, reply, async () => {
+        const { team, apiKey, key } = await services.createTeam(callerOf(request), request.body);
+        return { status: 201, body: { team: renderTeam(team), api_key: renderApiKey(apiKey), key } };
+      }),
   );
 
   app.get(

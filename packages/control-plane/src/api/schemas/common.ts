@@ -150,6 +150,13 @@ export const NoBody = z.strictObject({}).nullish();
 
 export const Time = z.iso.datetime().describe("RFC 3339, UTC.");
 
+/** An id in a path. Typed as what it is, so that nobody has to say it again. */
+export function idOf<T extends string>(isId: (text: string) => text is T, pattern: RegExp) {
+  return z
+    .custom<T>((value) => typeof value === "string" && isId(value))
+    .meta({ type: "string", pattern: pattern.source });
+}
+
 export function isPlainObject(value: unknown): boolean {
   return typeof value === "object" && value !== null && !Array.isArray(value);
 }

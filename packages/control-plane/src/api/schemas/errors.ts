@@ -1,13 +1,16 @@
 /** The one shape of a failed call's answer. */
-import { ERRORS } from "@rookery/protocol/errors";
+import { ERRORS, isErrorCode } from "@rookery/protocol/errors";
 import type { ErrorCode } from "@rookery/protocol/errors";
 import { z } from "zod";
 
-const codes = Object.keys(ERRORS) as [ErrorCode, ...ErrorCode[]];
-
 export const ErrorCodeSchema = z
-  .enum(codes)
-  .meta({ id: "ErrorCode", description: "One code per cause. docs/errors.md says what each means." });
+  .custom<ErrorCode>((value) => typeof value === "string" && isErrorCode(value))
+  .meta({
+    id: "ErrorCode",
+    type: "string",
+    enum: Object.keys(ERRORS),
+    description: "One code per cause. docs/errors.md says what each means.",
+  });
 
 export const ErrorAnswer = z
   .object({

@@ -6,10 +6,10 @@
  * agent pause every sandbox it has.
  */
 import { z } from "zod";
-import { ID_PATTERNS } from "../../model/ids.ts";
-import { label, metadataMap, pageOf, text, textMap, Time } from "./common.ts";
+import { ID_PATTERNS, isHostId } from "../../model/ids.ts";
+import { idOf, label, metadataMap, pageOf, text, textMap, Time } from "./common.ts";
 
-export const HostParams = z.object({ id: z.string().regex(ID_PATTERNS.host) });
+export const HostParams = z.object({ id: idOf(isHostId, ID_PATTERNS.host) });
 
 const hostType = z.enum(["shared", "byoc"]);
 

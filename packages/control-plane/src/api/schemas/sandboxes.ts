@@ -1,9 +1,19 @@
 /** Sandboxes, their commands and files, as the API speaks of them. */
 import { z } from "zod";
-import { ID_PATTERNS } from "../../model/ids.ts";
+import { ID_PATTERNS, isSandboxId } from "../../model/ids.ts";
 import { SANDBOX_STATUSES } from "../../model/sandbox.ts";
 import type { SandboxStatus } from "../../model/sandbox.ts";
-import { environment, guestPath, metadataMap, pageOf, pageQuery, text, textOfBytes, Time } from "./common.ts";
+import {
+  environment,
+  guestPath,
+  idOf,
+  metadataMap,
+  pageOf,
+  pageQuery,
+  text,
+  textOfBytes,
+  Time,
+} from "./common.ts";
 
 const VCPUS = [1, 2, 4, 8] as const;
 const MEMORY_MB = [256, 512, 1024, 2048, 4096, 8192, 16384] as const;
@@ -15,7 +25,7 @@ const MAX_ARGUMENT_BYTES = 131_071;
 const MAX_ARGUMENTS = 1024;
 const MAX_EXEC_TIMEOUT_SEC = 86_400;
 
-export const SandboxParams = z.object({ id: z.string().regex(ID_PATTERNS.sandbox) });
+export const SandboxParams = z.object({ id: idOf(isSandboxId, ID_PATTERNS.sandbox) });
 
 export const SandboxStatusSchema = z.enum(SANDBOX_STATUSES).meta({ id: "SandboxStatus" });
 

@@ -1,11 +1,11 @@
 /** Teams and their API keys, as the API speaks of them. */
 import { z } from "zod";
-import { ID_PATTERNS } from "../../model/ids.ts";
-import { label, pageOf, Time } from "./common.ts";
+import { ID_PATTERNS, isApiKeyId } from "../../model/ids.ts";
+import { idOf, label, pageOf, Time } from "./common.ts";
 
 const role = z.enum(["member", "platform"]);
 
-export const ApiKeyParams = z.object({ id: z.string().regex(ID_PATTERNS["api-key"]) });
+export const ApiKeyParams = z.object({ id: idOf(isApiKeyId, ID_PATTERNS["api-key"]) });
 
 export const CreateApiKey = z
   .strictObject({ name: label(128), role: role.default("member") })
