@@ -70,7 +70,6 @@ export const destroySteps: readonly EndStep[] = [
   {
     name: "journal-stopping",
     async run({ core, entry }) {
-      entry.set({ phase: "stopping" });
       await persist(core, entry, { durable: false });
     },
   },

@@ -181,7 +181,9 @@ export async function snapshot(
 }
 
 export async function destroy(core: Core, entry: SandboxEntry): Promise<void> {
+  // There is no way back from here: what fails is gone on with by the janitor.
   entry.unfinished = true;
+  entry.set({ phase: "stopping" });
   await timed(core, entry, "destroy", async (timings) => {
     using limit = undoLimit(core);
     await runForward(destroySteps, { core, entry }, { ...stepTools(core, "destroy"), timings }, limit.signal);

@@ -14,7 +14,7 @@ import { deadlineSignal } from "./clock.ts";
 import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
 import { randomHex } from "./new-ids.ts";
-import { create, destroy, flattenIfDue, pause, resume, snapshot } from "./operations.ts";
+import { create, destroy, pause, resume, snapshot } from "./operations.ts";
 import type {
   EnvdTarget,
   HostEventLog,
@@ -30,7 +30,7 @@ import { asRookeryError, IncompleteUndo } from "./steps.ts";
 import { viewOfSandbox } from "./views.ts";
 import type { WarmImage } from "./warm-images.ts";
 import { keepInPool } from "./keep-in-pool.ts";
-import { own, type Watches } from "./watches.ts";
+import { flattenLater, type Watches } from "./watches.ts";
 
 /** Work under its limit; what may wait for minutes (a warm image being built) is done outside. */
 type AtWork = <T>(work: () => Promise<T>) => Promise<T>;
@@ -83,15 +83,16 @@ export class SandboxManager implements SandboxOperations {
       { maxQueued: core.deps.config.maxQueuedPerSandbox, nowMs },
     );
     core.sandboxes.set(spec.id, entry);
-    return await this.#command(entry, "create", operation, async (signal, atWork) => {
-      try {
+    return await this.#command(
+      entry,
+      "create",
+      operation,
+      async (signal, atWork) => {
         using source = await this.#sourceOf(spec, signal);
         await atWork(() => create(core, entry, source, signal));
-      } catch (cause) {
-        await this.#buryFailedCreate(entry, asRookeryError(cause, signal));
-        throw cause;
-      }
-    });
+      },
+      (error) => this.#buryFailedCreate(entry, operation, error),
+    );
   }
 
   async destroy(operation: Operation): Promise<void> {
@@ -120,7 +121,7 @@ export class SandboxManager implements SandboxOperations {
   async pause(operation: Operation): Promise<SandboxView> {
     return await this.#changeState("pause", operation, async (entry, signal, atWork) => {
       await atWork(() => pause(this.#core, entry, undefined, signal));
-      void own(this.#core, entry, "flatten", (signal) => flattenIfDue(this.#core, entry, signal));
+      flattenLater(this.#core, entry);
     });
   }
 
@@ -293,6 +294,7 @@ export class SandboxManager implements SandboxOperations {
     kind: OperationKind,
     operation: Operation,
     work: (signal: AbortSignal, atWork: AtWork) => Promise<void>,
+    onFailure?: (error: RookeryError) => Promise<void>,
   ): Promise<SandboxView> {
     const core = this.#core;
     const { clock } = core.deps;
@@ -304,7 +306,6 @@ export class SandboxManager implements SandboxOperations {
         if (kind === "destroy") return await viewOfSandbox(core, entry);
         throw notFound();
       }
-      if (generation < entry.record.generation) throw staleGeneration();
       using limit = deadlineSignal(
         clock,
         operation.deadlineUnixMs - clock.nowMs(),
@@ -314,9 +315,11 @@ export class SandboxManager implements SandboxOperations {
       const { signal } = limit;
       try {
         signal.throwIfAborted();
+        if (generation < entry.record.generation) throw staleGeneration();
         await work(signal, (atWork) => core.workLimit.run(atWork, signal));
       } catch (cause) {
         const error = asRookeryError(cause, signal);
+        await onFailure?.(error);
         if (!(cause instanceof RookeryError))
           core.deps.logger.error({ err: cause, kind }, "unexpected failure");
         await this.#recordFailure(entry, {
@@ -375,10 +378,14 @@ export class SandboxManager implements SandboxOperations {
   }
 
   /** A sandbox that did not come to be: gone, save for its tombstone; or, where undo failed, on its way there. */
-  async #buryFailedCreate(entry: SandboxEntry, error: RookeryError): Promise<void> {
+  async #buryFailedCreate(entry: SandboxEntry, operation: Operation, error: RookeryError): Promise<void> {
     const core = this.#core;
     const { generation } = entry.record;
-    const last = { kind: "create" as const, generation, error: { code: error.code, message: error.message } };
+    const last = {
+      kind: "create" as const,
+      generation: operation.generation,
+      error: { code: error.code, message: error.message },
+    };
     // A place that could not be taken away is the pool's, which tries again.
     const isUndone =
       !(error instanceof IncompleteUndo) || error.failures.every(({ step }) => step === "take-vm");

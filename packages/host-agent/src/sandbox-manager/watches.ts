@@ -66,7 +66,7 @@ export function reap(core: Core): void {
       const why = { reason: "expired", message: "its time was over" };
       if (entry.record.spec.lifetime.onTimeout === "pause") {
         await pause(core, entry, newEvent(core, "paused", why), signal);
-        void own(core, entry, "flatten", (signal) => flattenIfDue(core, entry, signal));
+        flattenLater(core, entry);
       } else {
         entry.set({ pendingEvent: newEvent(core, "stopped", why) });
         await destroy(core, entry);
@@ -139,6 +139,12 @@ async function tidyOne(core: Core, entry: SandboxEntry, signal: AbortSignal): Pr
     default: // starting, pausing, resuming: an operation is at work, or recovery will be
       return;
   }
+}
+
+/** In the sandbox's queue: a resume waits for it, the pause does not. */
+export function flattenLater(core: Core, entry: SandboxEntry): void {
+  if (entry.disk === undefined || !core.deps.rootDisk.needsFlatten(entry.disk)) return;
+  void own(core, entry, "flatten", (signal) => flattenIfDue(core, entry, signal));
 }
 
 /** The agent's own work on a sandbox. Its failure is logged and left to the next round. */

@@ -1,0 +1,327 @@
+/**
+ * A VMM without machines: for tests of what stands on the seam, and for
+ * control planes that want thousands of sandboxes.
+ *
+ * A guest is a handful of facts: what it remembers, and how often it ran. It
+ * writes the latter to its disk each time it begins to run and remembers it, so
+ * that a disk and a memory that do not belong together are found out at once
+ * (`corrupt`). Processes live in a table that outlives the driver, as real ones
+ * outlive the agent; a table in a directory outlives even this process.
+ */
+import { createHash } from "node:crypto";
+import { readFileSync, writeFileSync } from "node:fs";
+import { mkdir, readFile } from "node:fs/promises";
+import { join } from "node:path";
+import { RookeryError } from "@rookery/protocol/errors";
+import { z } from "zod";
+import { readJson, writeFileAtomic } from "../host/atomic-file.ts";
+import type { DiskAttachment } from "../root-disk/root-disk.ts";
+import type {
+  LayerCapture,
+  MemoryBase,
+  MemoryLayer,
+  Vm,
+  VmExit,
+  VmmDriver,
+  VmPlace,
+  VmRecord,
+  VmShape,
+  VmState,
+} from "./vmm.ts";
+
+const guestSchema = z.object({
+  /** What programs in the guest hold in memory. */
+  memory: z.record(z.string(), z.string()),
+  /** How often it began to run; the disk says the same. */
+  runs: z.number().int(),
+});
+export type SimulatedGuest = z.output<typeof guestSchema>;
+
+export interface SimulatedProcess {
+  pid: number;
+  startTime: string;
+  place: VmPlace;
+  shape: VmShape;
+  /** Of its memory base; undefined when it was cold-booted. */
+  baseSha256: string | undefined;
+  state: Exclude<VmState, "exited">;
+  guest: SimulatedGuest;
+  disk: DiskAttachment;
+  /** It was given a disk that its memory does not fit. */
+  corrupt: boolean;
+}
+
+/** The processes of a simulated host. */
+export interface ProcessTable {
+  get(pid: number): SimulatedProcess | undefined;
+  set(process: SimulatedProcess): void;
+  delete(pid: number): void;
+  all(): SimulatedProcess[];
+}
+
+export interface SimulatedVmmOptions {
+  processes?: ProcessTable;
+  /** Passes the time that a VMM takes; the default takes none. */
+  pause?: (operation: "boot" | "spawn" | "thaw" | "freeze", signal: AbortSignal) => Promise<void>;
+  /** Of [0, 1): pids and start times come from it. */
+  random?: () => number;
+  /** Off where disks are real ones that a simulated guest must not write to. */
+  guestWritesDisk?: boolean;
+  fingerprint?: string;
+}
+
+export interface SimulatedVmmDriver extends VmmDriver {
+  readonly processes: ProcessTable;
+  /** The guest of a VM ends by itself. */
+  crash(pid: number, exit: VmExit): void;
+}
+
+const layerManifestSchema = z.object({
+  version: z.literal(1),
+  baseSha256: z.string(),
+  fingerprint: z.string(),
+  guestSha256: z.string(),
+  pageBytes: z.number().int(),
+});
+const PAGE_BYTES = 4096;
+
+export function memoryProcessTable(): ProcessTable {
+  const byPid = new Map<number, SimulatedProcess>();
+  return {
+    get: (pid) => byPid.get(pid),
+    set: (process) => void byPid.set(process.pid, process),
+    delete: (pid) => void byPid.delete(pid),
+    all: () => [...byPid.values()],
+  };
+}
+
+export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVmmDriver {
+  const host: SimulatedHost = {
+    processes: options.processes ?? memoryProcessTable(),
+    pause: options.pause ?? (() => Promise.resolve()),
+    random: options.random ?? Math.random,
+    guestWritesDisk: options.guestWritesDisk ?? false,
+    fingerprint: options.fingerprint ?? "simulated-1",
+    handles: new Map(),
+  };
+  const start = async (
+    place: VmPlace,
+    facts: Pick<SimulatedProcess, "shape" | "baseSha256" | "state" | "disk">,
+  ): Promise<SimulatedVm> => {
+    let pid: number;
+    do pid = 2 + Math.floor(host.random() * 4_000_000);
+    while (host.processes.get(pid) !== undefined);
+    host.processes.set({
+      ...facts,
+      pid,
+      startTime: String(Math.floor(host.random() * 2 ** 40)),
+      place,
+      guest: { memory: {}, runs: 0 },
+      corrupt: false,
+    });
+    return new SimulatedVm(host, pid);
+  };
+  return {
+    kind: "simulated",
+    canForkRunning: true,
+    processes: host.processes,
+    async probe() {
+      return { ok: true, acceleration: "none", version: "1", secure: false, reason: "runs no guests" };
+    },
+    async fingerprint() {
+      return host.fingerprint;
+    },
+    async boot({ place, shape, disk }, signal) {
+      await host.pause("boot", signal);
+      const vm = await start(place, { shape, baseSha256: undefined, state: "running", disk });
+      beginToRun(host, vm.process());
+      return vm;
+    },
+    async spawnClone({ place, base, disk }, signal) {
+      if (base.fingerprint !== host.fingerprint) {
+        throw new RookeryError("host_error", "the warm image was made by another VMM");
+      }
+      await host.pause("spawn", signal);
+      return await start(place, { shape: base.shape, baseSha256: base.memorySha256, state: "waiting", disk });
+    },
+    async adopt(place, record) {
+      const found = host.processes.get(record.pid);
+      if (found === undefined || found.startTime !== record.startTime) return undefined;
+      if (found.place.vmId !== place.vmId) return undefined;
+      return new SimulatedVm(host, found.pid);
+    },
+    crash(pid, exit) {
+      host.processes.delete(pid);
+      for (const end of host.handles.get(pid) ?? []) end(exit);
+      host.handles.delete(pid);
+    },
+    async close() {
+      host.handles.clear();
+    },
+  };
+}
+
+interface SimulatedHost extends Required<Omit<SimulatedVmmOptions, "processes">> {
+  processes: ProcessTable;
+  /** By pid: how to tell those who hold the VM that it has ended. */
+  handles: Map<number, Set<(exit: VmExit) => void>>;
+}
+
+class SimulatedVm implements Vm {
+  readonly place: VmPlace;
+  readonly record: VmRecord;
+  readonly exited: Promise<VmExit>;
+  readonly #host: SimulatedHost;
+  readonly #pid: number;
+
+  constructor(host: SimulatedHost, pid: number) {
+    this.#host = host;
+    this.#pid = pid;
+    const process = this.process();
+    this.place = process.place;
+    this.record = {
+      kind: "simulated",
+      vmId: process.place.vmId,
+      pid,
+      startTime: process.startTime,
+      driver: {},
+    };
+    const { promise, resolve } = Promise.withResolvers<VmExit>();
+    this.exited = promise;
+    const handles = host.handles.get(pid) ?? new Set();
+    host.handles.set(pid, handles.add(resolve));
+  }
+
+  get state(): VmState {
+    return this.#host.processes.get(this.#pid)?.state ?? "exited";
+  }
+
+  /** The process itself; throws when it has ended. */
+  process(): SimulatedProcess {
+    const process = this.#host.processes.get(this.#pid);
+    if (process === undefined) throw new RookeryError("guest_error", "the VM has ended");
+    return process;
+  }
+
+  async thaw(
+    options: { disk?: DiskAttachment; growDiskToBytes?: number; layer?: MemoryLayer },
+    signal: AbortSignal,
+  ): Promise<void> {
+    this.#expect("waiting");
+    let guest: SimulatedGuest = { memory: {}, runs: 0 };
+    if (options.layer !== undefined) guest = await this.#readLayer(options.layer);
+    await this.#host.pause("thaw", signal);
+    const process = this.process();
+    process.disk = options.disk ?? process.disk;
+    if (options.growDiskToBytes !== undefined) {
+      process.disk = { ...process.disk, sizeBytes: options.growDiskToBytes };
+    }
+    // A fresh clone's memory is the base's, which has run as often as the image's disk says.
+    if (options.layer === undefined) guest.runs = readRuns(this.#host, process) ?? 0;
+    process.guest = guest;
+    beginToRun(this.#host, process);
+  }
+
+  async freeze(signal: AbortSignal): Promise<void> {
+    this.#expect("running");
+    await this.#host.pause("freeze", signal);
+    this.#host.processes.set({ ...this.process(), state: "frozen" });
+  }
+
+  async unfreeze(_signal: AbortSignal): Promise<void> {
+    this.#expect("frozen");
+    this.#host.processes.set({ ...this.process(), state: "running" });
+  }
+
+  async captureLayer(_signal: AbortSignal): Promise<LayerCapture> {
+    this.#expect("frozen");
+    const { guest, baseSha256 } = this.process();
+    if (baseSha256 === undefined) throw new RookeryError("wrong_state", "it stands on no memory base");
+    const text = JSON.stringify(guest);
+    const pageBytes = Math.ceil(text.length / PAGE_BYTES) * PAGE_BYTES;
+    const { fingerprint } = this.#host;
+    return {
+      pageBytes,
+      async writeTo(dir, signal) {
+        signal.throwIfAborted();
+        await mkdir(dir, { recursive: true });
+        await writeFileAtomic(join(dir, "guest.json"), text, { sync: false });
+        const manifest = { version: 1, baseSha256, fingerprint, guestSha256: sha256(text), pageBytes };
+        await writeFileAtomic(join(dir, "manifest.json"), JSON.stringify(manifest), { sync: false });
+        return { dir, pageBytes, allocatedBytes: 2 * PAGE_BYTES };
+      },
+    };
+  }
+
+  async switchDiskTop(next: DiskAttachment, _signal: AbortSignal): Promise<void> {
+    this.#expect("frozen");
+    this.#host.processes.set({ ...this.process(), disk: next });
+  }
+
+  async saveBase(dir: string, _signal: AbortSignal): Promise<MemoryBase> {
+    this.#expect("frozen");
+    const { baseSha256, guest, shape } = this.process();
+    if (baseSha256 !== undefined)
+      throw new RookeryError("wrong_state", "only a cold-booted VM becomes a base");
+    const text = JSON.stringify(guest);
+    await mkdir(dir, { recursive: true });
+    await writeFileAtomic(join(dir, "memory.base"), text, { sync: false });
+    const { fingerprint } = this.#host;
+    return { dir, shape, memorySha256: sha256(text), deviceStateSha256: sha256(""), fingerprint };
+  }
+
+  async ping(_signal: AbortSignal): Promise<void> {
+    if (this.state === "exited") throw new RookeryError("timeout", "the VMM does not answer");
+  }
+
+  async kill(): Promise<void> {
+    this.#host.processes.delete(this.#pid);
+    for (const end of this.#host.handles.get(this.#pid) ?? []) end({ reason: "killed", message: "killed" });
+    this.#host.handles.delete(this.#pid);
+  }
+
+  async #readLayer(layer: MemoryLayer): Promise<SimulatedGuest> {
+    const manifest = await readJson(join(layer.dir, "manifest.json"), layerManifestSchema);
+    const text = await readFile(join(layer.dir, "guest.json"), "utf8");
+    if (
+      manifest.guestSha256 !== sha256(text) ||
+      manifest.baseSha256 !== this.process().baseSha256 ||
+      manifest.fingerprint !== this.#host.fingerprint
+    ) {
+      throw new RookeryError("host_error", "the memory layer does not fit this VM");
+    }
+    return guestSchema.parse(JSON.parse(text));
+  }
+
+  #expect(state: VmState): void {
+    if (this.state !== state) throw new RookeryError("wrong_state", `the VM is ${this.state}, not ${state}`);
+  }
+}
+
+/** The guest's first act: to compare its memory with its disk, and to write to both. */
+function beginToRun(host: SimulatedHost, process: SimulatedProcess): void {
+  const onDisk = readRuns(host, process);
+  const corrupt = process.corrupt || (onDisk !== undefined && onDisk !== process.guest.runs);
+  const guest = { ...process.guest, runs: process.guest.runs + 1 };
+  host.processes.set({ ...process, state: "running", guest, corrupt });
+  if (host.guestWritesDisk) writeFileSync(topFileOf(process), String(guest.runs));
+}
+
+/** Through the chain: the topmost file that was ever written to. */
+function readRuns(host: SimulatedHost, process: SimulatedProcess): number | undefined {
+  if (!host.guestWritesDisk || process.disk.kind !== "file-chain") return undefined;
+  for (const { file } of process.disk.nodes) {
+    const text = readFileSync(join(process.place.runDir, file), "utf8");
+    if (text !== "") return Number(text);
+  }
+  return 0;
+}
+
+function topFileOf({ disk, place }: SimulatedProcess): string {
+  if (disk.kind !== "file-chain") throw new Error("a simulated guest writes to files only");
+  return join(place.runDir, disk.nodes[0]!.file);
+}
+
+function sha256(text: string): string {
+  return createHash("sha256").update(text).digest("hex");
+}
