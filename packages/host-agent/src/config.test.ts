@@ -28,9 +28,10 @@ test("what is wrong is named", () => {
     assert.throws(() => read(env), { code: "invalid_request", message: words });
   refused({ ROOKERY_POOL: "many" }, /^ROOKERY_POOL: must be a whole number/);
   refused({ ROOKERY_POOL: "100000" }, /^ROOKERY_POOL/);
+  refused({ ROOKERY_SLOTS: "1000" }, /^ROOKERY_SLOTS: must be a power of two/);
   refused({ ROOKERY_VMM: "xen" }, /^ROOKERY_VMM/);
   refused({ ROOKERY_RUNTIME_DIR: "run" }, /^ROOKERY_RUNTIME_DIR: must be an absolute path/);
-  refused({ ROOKERY_NAMESERVERS: "1.1.1.1,x" }, /^ROOKERY_NAMESERVERS/);
+  refused({ ROOKERY_RESOLVERS: "1.1.1.1,x" }, /^ROOKERY_RESOLVERS/);
   refused({ ROOKERY_CONTROL_PLANE: "http://10.0.0.1:8080" }, /plain HTTP is for loopback only/);
   refused({ ROOKERY_CONTROL_PLANE: "ftp://x" }, /^ROOKERY_CONTROL_PLANE/);
   refused({ ROOKERY_REGISTRATION_TOKEN: "t" }, /needs the control plane's URL/);

@@ -41,9 +41,13 @@ const environmentSchema = z.object({
   ROOKERY_NETWORK: z.enum(["auto", "netns", "user"]).default("auto"),
   /** Waiting clones of the default image; 0 turns pools off. */
   ROOKERY_POOL: integer(4, { max: 256 }),
-  ROOKERY_SLOTS: integer(1_000, { min: 1, max: 16_384 }),
-  /** uid of slot 0: a range of `ROOKERY_SLOTS` uids that nobody else on this host uses. */
-  ROOKERY_UID_BASE: integer(1_879_048_192, { min: 1_000, max: 4_000_000_000 }),
+  /** VMMs that can live at once, waiting ones too. */
+  ROOKERY_SLOTS: integer(512, { min: 2, max: 2_048 }).refine(
+    (slots) => Number.isInteger(Math.log2(slots)),
+    "must be a power of two",
+  ),
+  /** uid of slot 0, of as many as there are slots; default: a range that follows from the data directory. */
+  ROOKERY_UID_BASE: integer(0, { max: 4_000_000_000 }).transform((uid) => (uid === 0 ? undefined : uid)),
   ROOKERY_MAX_SANDBOXES: integer(1_000, { min: 1 }),
   /** Operations at work at once; 0: twice the CPUs. */
   ROOKERY_WORK_LIMIT: integer(0, { max: 1_024 }),
@@ -52,12 +56,12 @@ const environmentSchema = z.object({
   ROOKERY_DISK_RESERVE_MB: integer(1_024),
   /** Disk for warm images beyond those in use. */
   ROOKERY_WARM_DISK_MB: integer(20_480),
-  /** Nameservers of guests, comma-separated; default: the driver's choice. */
-  ROOKERY_NAMESERVERS: z
+  /** Resolvers that guests may ask, one or two, comma-separated; default: the host's own where they are public. */
+  ROOKERY_RESOLVERS: z
     .string()
     .default("")
     .transform((text) => text.split(",").filter((part) => part !== ""))
-    .pipe(z.array(z.ipv4())),
+    .pipe(z.array(z.ipv4()).max(2)),
   ROOKERY_HEARTBEAT_MS: integer(30_000, { min: 10 }),
   /** Silence of the control plane after which all sandboxes are paused; 0: never. */
   ROOKERY_LOST_AFTER_MS: integer(300_000),
@@ -128,7 +132,7 @@ export function readConfig(
     memoryPercent: env.ROOKERY_MEMORY_PERCENT,
     diskReserveBytes: env.ROOKERY_DISK_RESERVE_MB * 1024 * 1024,
     warmDiskBytes: env.ROOKERY_WARM_DISK_MB * 1024 * 1024,
-    nameservers: Object.freeze(env.ROOKERY_NAMESERVERS),
+    resolvers: Object.freeze(env.ROOKERY_RESOLVERS),
     intervals: Object.freeze({
       heartbeatMs: env.ROOKERY_HEARTBEAT_MS,
       lostAfterMs: env.ROOKERY_LOST_AFTER_MS,

@@ -2,8 +2,8 @@
  * The commands of `rookery-agent`. What they do is handed in by `main.ts`.
  *
  * With --json, standard output holds JSON alone, one value a line; progress and
- * words for people go to standard error. Exit codes: 0 done, 1 failed, 2 not
- * understood.
+ * words for people go to standard error. Exit codes: 0 done, 1 failed, others
+ * (stricli's) not understood.
  */
 import { buildApplication, buildCommand, buildRouteMap, text_en } from "@stricli/core";
 import type { Application, CommandContext } from "@stricli/core";

@@ -1,0 +1,136 @@
+/**
+ * `rookery-agent serve`: the core, its RPC server, and its bond with the
+ * control plane, until a signal ends it. VMs outlive it.
+ */
+import { statfs } from "node:fs/promises";
+import { arch, availableParallelism, freemem, loadavg, totalmem } from "node:os";
+import { RookeryError } from "@rookery/protocol/errors";
+import type { Logger } from "pino";
+import type { Config } from "./config.ts";
+import { ControlPlaneClient } from "./control-plane/control-plane-client.ts";
+import type { Heartbeat, HostDescription } from "./control-plane/control-plane-client.ts";
+import { ControlPlaneLink } from "./control-plane/control-plane-link.ts";
+import { CredentialStore } from "./control-plane/credentials.ts";
+import { registerHost } from "./control-plane/register.ts";
+import { openAgent } from "./open-agent.ts";
+import type { Agent } from "./open-agent.ts";
+import { startRpcServer } from "./rpc/server.ts";
+import type { SandboxManager } from "./sandbox-manager/index.ts";
+import { systemClock } from "./sandbox-manager/index.ts";
+import type { SandboxView } from "./sandbox-manager/sandbox.ts";
+
+/** One exchange with the control plane; three of them fit into the shortest silence that counts. */
+const EXCHANGE_TIMEOUT_MS = 10_000;
+const PAGE = 500;
+
+/** Returns when `stop` aborts and what was under way has ended. */
+export async function serve(
+  config: Config,
+  options: { logger: Logger; version: string; stop: AbortSignal },
+): Promise<void> {
+  const { logger, stop } = options;
+  await using agent = await openAgent({ config, logger, signal: stop });
+  const { manager, envd, failpoints } = agent;
+  const store = await CredentialStore.open(config.dataDir);
+  const url = config.controlPlaneUrl ?? store.current?.controlPlaneUrl;
+  if (url === undefined) {
+    throw new RookeryError(
+      "invalid_request",
+      "This host is not registered: start with --control-plane URL --register TOKEN",
+    );
+  }
+
+  // First the server: once registered, the control plane may call at any moment.
+  const server = await startRpcServer({
+    listen: config.listen,
+    trust: () => store.current,
+    operations: manager,
+    envd,
+    clock: systemClock,
+    logger,
+  });
+  try {
+    const client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS });
+    const reach = (name: string): void => failpoints.reach(name);
+    if (config.registrationToken !== undefined) {
+      const host = await describeHost(agent, config, { address: server.address, version: options.version });
+      await registerHost(
+        { client, store, controlPlaneUrl: url, reach },
+        config.registrationToken,
+        host,
+        stop,
+      );
+    }
+    if (store.current === undefined) {
+      throw new RookeryError("invalid_request", "This host is not registered: start with --register TOKEN");
+    }
+    logger.info({ ...server.address, hostId: store.current.hostId, vmm: agent.vmm.kind }, "ready");
+    await new ControlPlaneLink({
+      client,
+      store,
+      clock: systemClock,
+      logger,
+      intervals: config.intervals,
+      random: Math.random,
+      sandboxes: () => listAll(manager),
+      load: (sandboxes) => readLoad(config.dataDir, sandboxes),
+      events: manager.events,
+      pauseAll: () => pauseAll(manager, logger),
+      reach,
+    }).run(stop);
+    logger.info({}, "stopping: finishing what is under way; sandboxes stay");
+  } finally {
+    await server.close(config.intervals.stopGraceMs);
+  }
+}
+
+async function describeHost(
+  { vmm, vmmProbe, rootDisk, network }: Agent,
+  config: Config,
+  { address, version }: { address: { host: string; port: number }; version: string },
+): Promise<Omit<HostDescription, "publicKey">> {
+  const { blocks, bsize } = await statfs(config.dataDir);
+  const host = address.host.includes(":") ? `[${address.host}]` : address.host;
+  return {
+    address: `${host}:${address.port}`,
+    arch: arch(),
+    cpus: availableParallelism(),
+    memoryMb: Math.floor(totalmem() / (1 << 20)),
+    diskMb: Math.floor((blocks * bsize) / (1 << 20)),
+    drivers: {
+      vmm: vmm.kind,
+      acceleration: vmmProbe.acceleration ?? "unknown",
+      root_disk: rootDisk.kind,
+      network: network.kind,
+    },
+    version,
+  };
+}
+
+async function listAll(manager: SandboxManager): Promise<SandboxView[]> {
+  const all: SandboxView[] = [];
+  for (;;) {
+    const after = all.at(-1)?.id;
+    const { items, more } = await manager.list({ limit: PAGE, ...(after === undefined ? {} : { after }) });
+    all.push(...items);
+    if (!more) return all;
+  }
+}
+
+async function readLoad(dataDir: string, sandboxes: number): Promise<Heartbeat["load"]> {
+  const { bavail, bsize } = await statfs(dataDir);
+  return {
+    cpus: loadavg()[0] ?? 0,
+    memoryMbUsed: Math.floor((totalmem() - freemem()) / (1 << 20)),
+    diskMbFree: Math.floor((bavail * bsize) / (1 << 20)),
+    sandboxes,
+  };
+}
+
+async function pauseAll(manager: SandboxManager, logger: Logger): Promise<void> {
+  const failures = await manager.pauseAll({
+    reason: "control_plane_lost",
+    message: "the host lost its control plane",
+  });
+  for (const { id, error } of failures) logger.error({ sandbox: id, err: error }, "could not be paused");
+}
