@@ -28,7 +28,9 @@ export async function receiveStream(
   await using directory = await open(place.runDir, constants.O_RDONLY | constants.O_DIRECTORY);
   const received = Promise.withResolvers<Buffer>();
   received.promise.catch(() => undefined);
-  const server = createServer((socket) => collect(socket, maxBytes).then(received.resolve, received.reject));
+  const server = createServer((socket) => {
+    collect(socket, maxBytes).then(received.resolve, received.reject);
+  });
   const onAbort = (): void => received.reject(signal.reason);
   signal.addEventListener("abort", onAbort, { once: true });
   try {
