@@ -48,6 +48,13 @@ export interface GuestNetworkDriver {
   readonly addressing: GuestAddressing;
   /** Can this driver work here? `reason` says why not, in words a person can act on. */
   probe(signal: AbortSignal): Promise<{ ok: boolean; reason?: string }>;
+  /**
+   * Makes what all leases of this agent share on the host, where there is such
+   * a thing. Idempotent; before the first `plan`.
+   */
+  prepareHost?(signal: AbortSignal): Promise<void>;
+  /** Undoes `prepareHost`, once no lease is up. Bears running twice, and in an agent that never prepared. */
+  restoreHost?(signal: AbortSignal): Promise<void>;
   /** Names all that the lease will own. Makes nothing. */
   plan(slot: Slot, uid: number): NetworkLease;
   /** Makes it. Idempotent: half-made leases are completed or made anew. */
