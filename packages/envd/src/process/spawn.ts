@@ -7,7 +7,7 @@
  */
 import { spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
-import { closeSync } from "node:fs";
+import { closeSync, fchownSync } from "node:fs";
 import { Socket } from "node:net";
 import { once } from "node:events";
 import type { Native } from "../system/native.ts";
@@ -52,6 +52,8 @@ export async function startProgram(spec: ProgramSpec, deps: SpawnDeps): Promise<
   const open = () => {
     const pipe = native.pipe();
     pipes.push(pipe);
+    // To open /dev/stderr is to open the pipe's inode, which is root's at first.
+    if (spec.user.uid !== 0) fchownSync(pipe.readFd, spec.user.uid, spec.user.gid);
     return pipe;
   };
   let child: ChildProcess;

@@ -68,10 +68,13 @@ export class EnvdProcess implements AsyncDisposable {
       writeFileSync(join(directory, name), name === "hosts" ? "127.0.0.1 localhost\n127.0.1.1 old\n" : "");
       return `touch /etc/${name} && mount --bind ${join(directory, name)} /etc/${name}`;
     });
-    const script = `${binds.join(" && ")} && exec "$@"`;
+    // What the test runner's own starter left open is not envd's.
+    const closeInherited =
+      'for fd in /proc/$$/fd/*; do fd=${fd##*/}; if [ $fd -gt 2 ]; then eval exec "$fd>&-"; fi; done';
+    const script = `${closeInherited}; ${binds.join(" && ")} && exec "$@"`;
     const child = spawn(
       "unshare",
-      ["--mount", "--uts", "sh", "-c", script, "sh", process.execPath, ...ENVD_NODE_OPTIONS, bundle],
+      ["--mount", "--uts", "bash", "-c", script, "bash", process.execPath, ...ENVD_NODE_OPTIONS, bundle],
       {
         env: {
           PATH: process.env["PATH"],
@@ -87,7 +90,7 @@ export class EnvdProcess implements AsyncDisposable {
     return new EnvdProcess(`http://127.0.0.1:${port}`, directory, child);
   }
 
-  /** unshare and sh become node: one process from first to last. */
+  /** unshare and bash become node: one process from first to last. */
   get pid(): number {
     return this.#child.pid!;
   }
