@@ -308,18 +308,27 @@ describe("a namespace", () => {
 });
 
 describe("the host", () => {
-  const here = async (): Promise<string[][]> =>
-    Promise.all([
-      lines("nft", "-s", "list", "ruleset"),
+  /** What bears one of `tags`: other agents may come and go on this machine meanwhile. */
+  const tracesOf = async (...tags: InstanceTag[]): Promise<string[]> => {
+    const all = await Promise.all([
+      lines("nft", "list", "ruleset"),
       lines("ip", "route", "show", "table", "all"),
       lines("ip", "-br", "link"),
       lines("ip", "netns", "list"),
-      lines("cat", "/proc/sys/net/ipv4/ip_forward"),
     ]);
+    return all
+      .flat()
+      .filter((line) => tags.some((tag) => line.includes(`rk${tag}`) || line.endsWith(`_${tag} {`)));
+  };
+  const forwards = async (): Promise<boolean> =>
+    (await readFile("/proc/sys/net/ipv4/ip_forward", "utf8")) === "1\n";
+  const countAgents = async (): Promise<number> =>
+    (await lines("nft", "list", "tables")).filter((line) => line.includes(" rookery_")).length;
 
   test("is as it was when the last agent has gone, and only then", async () => {
-    const before = await here();
-    const [one, other] = [open(makeTag(3)), open(makeTag(4))];
+    const tags = [makeTag(3), makeTag(4)] as const;
+    const [before, agents] = [await forwards(), await countAgents()];
+    const [one, other] = [open(tags[0]), open(tags[1])];
     await Promise.all([one.prepareHost(signal), other.prepareHost(signal)]);
     const [a, b] = [one.plan(1 as Slot, 1), other.plan(1 as Slot, 2)];
     assert.notEqual(a.envdHost, b.envdHost);
@@ -327,12 +336,14 @@ describe("the host", () => {
     assert.deepEqual([await one.listOwnedSlots(signal), await other.listOwnedSlots(signal)], [[1], [1]]);
     await one.down(a, signal);
     await one.restoreHost(signal);
-    assert.equal(await readFile("/proc/sys/net/ipv4/ip_forward", "utf8"), "1\n");
+    assert(await forwards());
+    assert.deepEqual(await tracesOf(tags[0]), []);
     assert.deepEqual(await other.listOwnedSlots(signal), [1]);
     await other.down(b, signal);
     await other.restoreHost(signal);
     await other.restoreHost(signal);
-    assert.deepEqual(await here(), before);
+    assert.deepEqual(await tracesOf(...tags), []);
+    if (agents === 0 && (await countAgents()) === 0) assert.equal(await forwards(), before);
   });
 
   test("gives an agent that starts again the block that it had", async () => {

@@ -127,6 +127,7 @@ export class NetnsNetworks implements GuestNetworkDriver {
     await this.down(lease, signal);
     const addresses = addressesOfGuest(this.#networks, lease.envdHost);
     await run(["ip", "-batch", "-"], { input: hostCommands({ name, addresses, mtu }), signal });
+    await turnIpv6Off(name);
     const rules = namespaceRules({ ...addresses, resolvers: this.#resolvers });
     const inside = insideCommands({ addresses, uid: lease.uid, mtu });
     // Both end before either's failure is told: nothing of `up` runs on when it has failed.
@@ -203,6 +204,11 @@ addr add ${GUEST.gateway}/${GUEST.prefixLength} dev ${TAP}
 link set ${TAP} up
 neigh add ${GUEST.address} lladdr ${GUEST.mac} dev ${TAP} nud permanent
 `;
+}
+
+async function turnIpv6Off(device: string): Promise<void> {
+  const path = `/proc/sys/net/ipv6/conf/${device}/disable_ipv6`;
+  if (await exists(path)) await writeFile(path, "1");
 }
 
 const aliasOf = (lease: NetworkLease): string => `rookery ${lease.envdHost} uid ${lease.uid}`;
