@@ -15,7 +15,8 @@ import { RookeryError } from "@rookery/protocol/errors";
 import { z } from "zod";
 import { isErrno } from "../host/errno.ts";
 
-export type FailpointAction = "error" | "kill";
+/** `halt` never comes back: in one process with the test, it is what a SIGKILL is to whoever comes next. */
+export type FailpointAction = "error" | "kill" | "halt";
 
 export interface FailpointOptions {
   /** `NAME=error|kill[*TIMES]`, comma-separated; without TIMES, every time. */
@@ -43,6 +44,7 @@ export class Failpoints {
   readonly #controlFile: string | undefined;
   readonly #hitsFile: string | undefined;
   #recording: boolean;
+  readonly #halted = Promise.withResolvers<string>();
 
   constructor(options: FailpointOptions) {
     this.known = new Set(options.known);
@@ -70,15 +72,23 @@ export class Failpoints {
     this.#recording = true;
   }
 
-  /** Throws, or ends this process, when a test asked for it here. */
-  reach(name: string): void {
-    if (!this.#recording) return;
+  /** The failpoint that halted, once one did. */
+  get halted(): Promise<string> {
+    return this.#halted.promise;
+  }
+
+  /** Throws, or ends this process, when a test asked for it here. What it returns is to be awaited. */
+  reach(name: string): Promise<never> | undefined {
+    if (!this.#recording) return undefined;
     if (!this.known.has(name)) throw new Error(`failpoint ${name} is not in the registry`);
     this.hits.add(name);
     if (this.#hitsFile !== undefined) appendFileSync(this.#hitsFile, `${name}\n`);
     const action = this.#takeFromControlFile(name) ?? this.#take(name);
     if (action === "kill") process.kill(process.pid, "SIGKILL");
     if (action === "error") throw new RookeryError("host_error", `failpoint ${name}`);
+    if (action !== "halt") return undefined;
+    this.#halted.resolve(name);
+    return new Promise<never>(() => undefined);
   }
 
   #arm(name: string, armed: Armed): void {
@@ -127,10 +137,10 @@ function readControlFile(path: string): Record<string, string> | undefined {
 }
 
 function parseAction(text: string): Armed {
-  const match = /^(error|kill)(?:\*(\d+))?$/.exec(text);
+  const match = /^(error|kill|halt)(?:\*(\d+))?$/.exec(text);
   if (match === null) throw new Error(`not a failpoint action: ${JSON.stringify(text)}`);
   return {
-    action: match[1] === "kill" ? "kill" : "error",
+    action: match[1] === "kill" ? "kill" : match[1] === "halt" ? "halt" : "error",
     timesLeft: match[2] === undefined ? Number.POSITIVE_INFINITY : Number(match[2]),
   };
 }

@@ -9,6 +9,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import type { SandboxId, SnapshotId, WarmKey } from "../ids.ts";
 import type { OperationKind, Outcome, SnapshotRecord } from "../journal/records.ts";
+import type { Places } from "../vm-pool/places.ts";
 import { requireMemory, requireRoom } from "./capacity.ts";
 import { deadlineSignal } from "./clock.ts";
 import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
@@ -49,6 +50,11 @@ export class SandboxManager implements SandboxOperations {
 
   get events(): HostEventLog {
     return this.#core.events;
+  }
+
+  /** Where warm images are built too: their VMs need places like all others. */
+  get places(): Places {
+    return this.#core.pool.places;
   }
 
   /** Warm images that a sandbox or snapshot cannot do without. */

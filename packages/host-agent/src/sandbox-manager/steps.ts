@@ -103,9 +103,9 @@ export async function runForward<C>(
 
 async function runStep<C>(step: Step<C>, ctx: C, tools: StepTools, signal: AbortSignal): Promise<void> {
   const begin = tools.clock.monotonicMs();
-  tools.failpoints.reach(`${tools.operation}.${step.name}.before`);
+  await tools.failpoints.reach(`${tools.operation}.${step.name}.before`);
   await step.run(ctx, signal);
-  tools.failpoints.reach(`${tools.operation}.${step.name}.after`);
+  await tools.failpoints.reach(`${tools.operation}.${step.name}.after`);
   tools.timings[step.name] = Math.round((tools.clock.monotonicMs() - begin) * 10) / 10;
 }
 
