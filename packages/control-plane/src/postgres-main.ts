@@ -1,11 +1,18 @@
 /**
- * `postgres-main start|stop|status --home DIR --socket-dir DIR [--uid N]
- * [--pid-file FILE]`: the embedded database, for the bootstrap. Prints one JSON
- * object; failures go to stderr, with exit code 1.
+ * `postgres-main start|stop|status --data-dir DIR --socket-dir DIR [--uid N]
+ * [--pid-file FILE] [--binaries DIR]`: the embedded database, for the bootstrap.
+ * Prints one JSON object; failures go to stderr, with exit code 1.
  */
 import { rename, rm, writeFile } from "node:fs/promises";
 import { parseArgs } from "node:util";
-import { DEFAULT_UID, OWNER, postgresPid, startPostgres, stopPostgres, urlOf } from "./db/embedded-postgres.ts";
+import {
+  DEFAULT_UID,
+  OWNER,
+  postgresPid,
+  startPostgres,
+  stopPostgres,
+  urlOf,
+} from "./db/embedded-postgres.ts";
 
 const START_TIMEOUT_MS = 60_000;
 const STOP_TIMEOUT_MS = 20_000;
@@ -15,18 +22,19 @@ async function main(argv: string[]): Promise<unknown> {
     args: argv,
     allowPositionals: true,
     options: {
-      home: { type: "string" },
+      "data-dir": { type: "string" },
+      binaries: { type: "string" },
       "socket-dir": { type: "string" },
       uid: { type: "string" },
       "pid-file": { type: "string" },
     },
   });
-  const { home, "socket-dir": socketDir, "pid-file": pidFile } = values;
-  if (!home || !socketDir) throw new Error("--home and --socket-dir are needed");
+  const { "data-dir": home, "socket-dir": socketDir, "pid-file": pidFile, binaries } = values;
+  if (!home || !socketDir) throw new Error("--data-dir and --socket-dir are needed");
   switch (positionals[0]) {
     case "start": {
       const uid = parseUid(values.uid);
-      const running = await startPostgres({ home, socketDir, uid, timeoutMs: START_TIMEOUT_MS });
+      const running = await startPostgres({ home, socketDir, uid, binaries, timeoutMs: START_TIMEOUT_MS });
       if (pidFile) {
         await writeFile(`${pidFile}.new`, `${running.pid}\n`);
         await rename(`${pidFile}.new`, pidFile);

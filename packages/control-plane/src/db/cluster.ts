@@ -1,7 +1,7 @@
 /** The cluster's one row: who it is, its sealed secrets, and whether it could hear heartbeats. */
 import { sql } from "kysely";
 import type { Queryable } from "./database.ts";
-import { interval } from "./sandboxes.ts";
+import { interval } from "./interval.ts";
 
 export interface ClusterRecord {
   id: string;

@@ -47,6 +47,8 @@ export function openDatabase(options: DatabaseOptions): OpenDatabase {
     types,
   });
   pool.on("error", options.onError);
+  // A client that is being closed has left the pool's care, and its last error would be nobody's.
+  pool.on("connect", (client) => client.on("error", () => undefined));
   const db = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
   return { db, pool, close: () => db.destroy() };
 }
@@ -59,7 +61,8 @@ export function violatedConstraint(cause: unknown): string | undefined {
 const AWAY_SQLSTATES = /^(08|57P|53300|53400|40001|40P01|55P03|57014)/;
 const AWAY_SYSCALLS = new Set(["ECONNREFUSED", "ECONNRESET", "ENOENT", "ETIMEDOUT", "EPIPE", "EACCES"]);
 /** pg has no code for these. */
-const AWAY_MESSAGES = /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered)/;
+const AWAY_MESSAGES =
+  /^(Connection terminated|timeout exceeded when trying to connect|Client has encountered)/;
 
 /** True when the database, and not the question, is at fault. */
 export function isDatabaseAway(cause: unknown): boolean {

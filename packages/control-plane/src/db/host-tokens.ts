@@ -6,7 +6,7 @@
 import { sql } from "kysely";
 import type { HostId } from "../model/ids.ts";
 import type { Queryable } from "./database.ts";
-import { interval } from "./sandboxes.ts";
+import { interval } from "./interval.ts";
 
 /** Replaces the one that the host had. */
 export async function putRegistrationToken(

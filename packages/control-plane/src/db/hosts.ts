@@ -8,7 +8,8 @@ import { type Expression, type Selectable, type SqlBool, sql } from "kysely";
 import type { HostId, TeamId } from "../model/ids.ts";
 import type { Queryable } from "./database.ts";
 import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
-import { interval } from "./sandboxes.ts";
+import { claimed } from "./claimed.ts";
+import { interval } from "./interval.ts";
 import type { Hosts } from "./schema.ts";
 
 export interface HostLoad {
@@ -215,7 +216,12 @@ export async function recordHeartbeat(
 ): Promise<{ acknowledgedEvent: bigint; wasSilent: boolean } | undefined> {
   const row = await db
     .with("before", (query) =>
-      query.selectFrom("hosts").select(["id", "status"]).where("id", "=", id).where("epoch", "=", epoch).forUpdate(),
+      query
+        .selectFrom("hosts")
+        .select(["id", "status"])
+        .where("id", "=", id)
+        .where("epoch", "=", epoch)
+        .forUpdate(),
     )
     .updateTable("hosts")
     .from("before")
@@ -232,9 +238,7 @@ export async function recordHeartbeat(
     .where("hosts.status", "!=", "pending")
     .returning(["hosts.acknowledged_event", "before.status as before_status"])
     .executeTakeFirst();
-  return (
-    row && { acknowledgedEvent: row.acknowledged_event, wasSilent: row.before_status === "unreachable" }
-  );
+  return row && { acknowledgedEvent: row.acknowledged_event, wasSilent: row.before_status === "unreachable" };
 }
 
 /** Compare-and-set: only if it still is silent for that long, by the database's clock. */
@@ -257,16 +261,18 @@ export async function claimDueHosts(
   const rows = await db
     .updateTable("hosts")
     .set({ next_check_at: sql<Date>`now() + ${interval(options.everyMs)}` })
-    .where("id", "in", (query) =>
-      query
-        .selectFrom("hosts")
-        .select("id")
-        .where("status", "!=", "pending")
-        .where("next_check_at", "<=", sql<Date>`now()`)
-        .orderBy("next_check_at")
-        .limit(options.limit)
-        .forUpdate()
-        .skipLocked(),
+    .where((eb) =>
+      claimed(
+        eb
+          .selectFrom("hosts")
+          .select("id")
+          .where("status", "!=", "pending")
+          .where("next_check_at", "<=", sql<Date>`now()`)
+          .orderBy("next_check_at")
+          .limit(options.limit)
+          .forUpdate()
+          .skipLocked(),
+      ),
     )
     .returningAll()
     .returning(sql<number>`extract(epoch from now() - last_heartbeat_at)::float8 * 1000`.as("silent_ms"))
@@ -281,23 +287,28 @@ export async function claimEventReading(
 ): Promise<HostRecord[]> {
   const rows = await db
     .updateTable("hosts")
-    .set({ event_reader: options.reader, event_reader_until: sql<Date>`now() + ${interval(options.leaseMs)}` })
-    .where("id", "in", (query) =>
-      query
-        .selectFrom("hosts")
-        .select("id")
-        .where("status", "=", "online")
-        .where((eb) =>
-          eb.or([
-            eb("event_reader", "=", options.reader),
-            eb("event_reader_until", "is", null),
-            eb("event_reader_until", "<", sql<Date>`now()`),
-          ]),
-        )
-        .orderBy(sql`event_reader is not distinct from ${options.reader}`, "desc")
-        .limit(options.limit)
-        .forUpdate()
-        .skipLocked(),
+    .set({
+      event_reader: options.reader,
+      event_reader_until: sql<Date>`now() + ${interval(options.leaseMs)}`,
+    })
+    .where((eb) =>
+      claimed(
+        eb
+          .selectFrom("hosts")
+          .select("id")
+          .where("status", "=", "online")
+          .where((eb) =>
+            eb.or([
+              eb("event_reader", "=", options.reader),
+              eb("event_reader_until", "is", null),
+              eb("event_reader_until", "<", sql<Date>`now()`),
+            ]),
+          )
+          .orderBy(sql`event_reader is not distinct from ${options.reader}`, "desc")
+          .limit(options.limit)
+          .forUpdate()
+          .skipLocked(),
+      ),
     )
     .returningAll()
     .execute();

@@ -8,7 +8,7 @@
 import { sql } from "kysely";
 import type { TeamId } from "../model/ids.ts";
 import type { Queryable } from "./database.ts";
-import { interval } from "./sandboxes.ts";
+import { interval } from "./interval.ts";
 
 export type Claimed =
   | { kind: "claimed" }

@@ -11,6 +11,9 @@ import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
 import type { Lifetime, Sandbox, SandboxStatus } from "../model/sandbox.ts";
 import type { Queryable } from "./database.ts";
+import type { HostEndpoint } from "./hosts.ts";
+import { claimed } from "./claimed.ts";
+import { interval } from "./interval.ts";
 import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
 import type { Sandboxes } from "./schema.ts";
 
@@ -152,6 +155,26 @@ export async function findSandbox(
   return row && toSandbox(row);
 }
 
+/** What a call into a guest needs, in one query: does it run, and where? */
+export async function findSandboxTarget(
+  db: Queryable,
+  teamId: TeamId,
+  id: SandboxId,
+): Promise<{ status: SandboxStatus; host: HostEndpoint | undefined } | undefined> {
+  const row = await db
+    .selectFrom("sandboxes")
+    .leftJoin("hosts", "hosts.id", "sandboxes.host_id")
+    .select(["sandboxes.status", "hosts.id", "hosts.address", "hosts.certificate_fingerprint", "hosts.epoch"])
+    .where("sandboxes.id", "=", id)
+    .where("sandboxes.team_id", "=", teamId)
+    .executeTakeFirst();
+  if (!row) return undefined;
+  const { status, id: hostId, address, certificate_fingerprint: fingerprint, epoch } = row;
+  if (hostId === null || address === null || epoch === null) return { status, host: undefined };
+  const host = { id: hostId as HostId, address, certificateFingerprint: fingerprint ?? undefined, epoch };
+  return { status, host };
+}
+
 /** Of any team: for hosts' words about it. */
 export async function findSandboxes(db: Queryable, ids: readonly SandboxId[]): Promise<SandboxRecord[]> {
   if (ids.length === 0) return [];
@@ -236,19 +259,38 @@ export async function claimOverdueSandboxes(
       generation: eb("generation", "+", 1n),
       operation_deadline: sql<Date>`now() + ${interval(options.leaseMs)}`,
     }))
-    .where("id", "in", (query) =>
-      query
-        .selectFrom("sandboxes")
-        .select("id")
-        .where("operation_deadline", "<", sql<Date>`now()`)
-        .orderBy("operation_deadline")
-        .limit(options.limit)
-        .forUpdate()
-        .skipLocked(),
+    .where((eb) =>
+      claimed(
+        eb
+          .selectFrom("sandboxes")
+          .select("id")
+          .where("operation_deadline", "<", sql<Date>`now()`)
+          .orderBy("operation_deadline")
+          .limit(options.limit)
+          .forUpdate()
+          .skipLocked(),
+      ),
     )
     .returningAll()
     .execute();
   return rows.map(toSandbox);
+}
+
+/**
+ * A command that changes no status gets a generation of its own all the same,
+ * so that its host can tell it from the one before. Undefined: it moved first.
+ */
+export async function raiseGeneration(db: Queryable, at: At): Promise<SandboxRecord | undefined> {
+  const generation = at.generation + 1n;
+  const row = await db
+    .updateTable("sandboxes")
+    .set({ generation, command_generation: generation })
+    .where("id", "=", at.id)
+    .where("status", "=", at.status)
+    .where("generation", "=", at.generation)
+    .returningAll()
+    .executeTakeFirst();
+  return row && toSandbox(row);
 }
 
 /** Its host is still at work, or silent: the next look is later. False: it moved first. */
@@ -279,11 +321,6 @@ export async function liveSandboxesOfHost(
     .limit(page.limit)
     .execute();
   return rows.map(toSandbox);
-}
-
-/** A span of time for the database's clock. */
-export function interval(ms: number) {
-  return sql<string>`make_interval(secs => ${ms / 1000})`;
 }
 
 function toSandbox(row: Selectable<Sandboxes>): SandboxRecord {

@@ -6,9 +6,10 @@
 import type { SandboxStatus } from "../model/sandbox.ts";
 import type { ColumnType } from "kysely";
 
-export type Generated<T> = T extends ColumnType<infer S, infer I, infer U>
-  ? ColumnType<S, I | undefined, U>
-  : ColumnType<T, T | undefined, T>;
+export type Generated<T> =
+  T extends ColumnType<infer S, infer I, infer U>
+    ? ColumnType<S, I | undefined, U>
+    : ColumnType<T, T | undefined, T>;
 
 export type Timestamp = ColumnType<Date, Date | string, Date | string>;
 
@@ -65,7 +66,11 @@ export interface Hosts {
   id: string;
   labels: ColumnType<Readonly<Record<string, string>>, string, string>;
   last_heartbeat_at: Timestamp | null;
-  load: ColumnType<{ cpus: number; memoryMbUsed: number; diskMbFree: number; sandboxes: number } | null, string | null, string | null>;
+  load: ColumnType<
+    { cpus: number; memoryMbUsed: number; diskMbFree: number; sandboxes: number } | null,
+    string | null,
+    string | null
+  >;
   memory_mb: number | null;
   name: string;
   next_check_at: Generated<Timestamp>;

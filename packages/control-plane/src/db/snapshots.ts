@@ -6,7 +6,8 @@ import { type Selectable, sql } from "kysely";
 import type { HostId, SnapshotId, TeamId } from "../model/ids.ts";
 import type { Queryable } from "./database.ts";
 import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
-import { interval } from "./sandboxes.ts";
+import { claimed } from "./claimed.ts";
+import { interval } from "./interval.ts";
 import type { Snapshots } from "./schema.ts";
 
 export interface SnapshotRecord {
@@ -149,15 +150,17 @@ export async function claimOverdueSnapshots(
   const rows = await db
     .updateTable("snapshots")
     .set({ status: "deleting", operation_deadline: sql<Date>`now() + ${interval(options.leaseMs)}` })
-    .where("id", "in", (query) =>
-      query
-        .selectFrom("snapshots")
-        .select("id")
-        .where("operation_deadline", "<", sql<Date>`now()`)
-        .orderBy("operation_deadline")
-        .limit(options.limit)
-        .forUpdate()
-        .skipLocked(),
+    .where((eb) =>
+      claimed(
+        eb
+          .selectFrom("snapshots")
+          .select("id")
+          .where("operation_deadline", "<", sql<Date>`now()`)
+          .orderBy("operation_deadline")
+          .limit(options.limit)
+          .forUpdate()
+          .skipLocked(),
+      ),
     )
     .returningAll()
     .execute();

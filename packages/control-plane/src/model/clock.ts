@@ -8,7 +8,7 @@ export interface Clock {
   /** Milliseconds since 1970. */
   now(): number;
   /** Ends early, without an error, when `signal` aborts. */
-  sleep(ms: number, signal: AbortSignal): Promise<void>;
+  sleep(ms: number, signal?: AbortSignal): Promise<void>;
 }
 
 export const systemClock: Clock = {
@@ -17,7 +17,7 @@ export const systemClock: Clock = {
     try {
       await wait(ms, undefined, { signal });
     } catch (cause) {
-      if (!signal.aborted) throw cause;
+      if (!signal?.aborted) throw cause;
     }
   },
 };

@@ -4,7 +4,9 @@ import { test } from "vitest";
 import { type SandboxEvent, NEXT, isFinal, isWork, nextStatus } from "./sandbox-state.ts";
 import { SANDBOX_STATUSES, type SandboxStatus } from "./sandbox.ts";
 
-const EVENTS = [...new Set(SANDBOX_STATUSES.flatMap((status) => Object.keys(NEXT[status])))] as SandboxEvent[];
+const EVENTS = [
+  ...new Set(SANDBOX_STATUSES.flatMap((status) => Object.keys(NEXT[status]))),
+] as SandboxEvent[];
 const apply = (status: SandboxStatus, event: SandboxEvent): SandboxStatus =>
   nextStatus(status, event) ?? status;
 const anyHistory = fc.array(fc.constantFrom(...EVENTS), { maxLength: 40 });
@@ -43,10 +45,7 @@ test("every status can be reached from pending", () => {
 
 test("every status of work has a way out by what a host says, and missing too", () => {
   for (const status of SANDBOX_STATUSES.filter((each) => isWork(each) || each === "missing")) {
-    assert.ok(
-      nextStatus(status, "died") ?? nextStatus(status, "gone"),
-      `${status} could be stuck for ever`,
-    );
+    assert.ok(nextStatus(status, "died") ?? nextStatus(status, "gone"), `${status} could be stuck for ever`);
   }
 });
 

@@ -1,7 +1,7 @@
 /**
- * Generates `schema.ts`, the types of every table, from a migrated database:
- * `node packages/control-plane/src/db/generate-schema.ts`. A test demands that
- * the committed file is what comes out.
+ * Generates `db/schema.ts`, the types of every table, from a migrated database:
+ * `npm run generate -w packages/control-plane`. A test demands that the
+ * committed file is what comes out.
  */
 import { Cli } from "kysely-codegen";
 

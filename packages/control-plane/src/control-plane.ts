@@ -1,0 +1,146 @@
+/**
+ * One replica of the control plane, put together: the database, the clients of
+ * hosts, the services, and what comes again and again. Every fact that must
+ * survive is in PostgreSQL, so any number of replicas may run and die.
+ */
+import { randomBytes } from "node:crypto";
+import { openDatabase } from "./db/database.ts";
+import { MIGRATIONS_DIR, isMigrated, readMigrations } from "./db/migrate.ts";
+import type { Config } from "./config.ts";
+import { openCluster } from "./hosts/cluster.ts";
+import { HostCredentials } from "./hosts/credentials.ts";
+import { DeadlineSweep } from "./hosts/deadline-sweep.ts";
+import { EventReader } from "./hosts/event-reader.ts";
+import { openHostClient } from "./hosts/host-client.ts";
+import { HostClientPool, type OpenClient } from "./hosts/host-client-pool.ts";
+import { HostMonitor } from "./hosts/host-monitor.ts";
+import { type Loop, startLoop } from "./hosts/loop.ts";
+import { newScheduler } from "./hosts/scheduler.ts";
+import { commandTokens } from "./hosts/tokens.ts";
+import { type Clock, systemClock } from "./model/clock.ts";
+import type { Log } from "./model/log.ts";
+import { newIds } from "./model/new-ids.ts";
+import { newSealer } from "./model/sealer.ts";
+import { type Deps, SERVICE_DEFAULTS } from "./service/deps.ts";
+import { openServices } from "./service/open-services.ts";
+import type { Services } from "./service/services.ts";
+
+/** Hosts that one replica checks at once, and rows that one sweep claims. */
+const BATCH = 50;
+const MAX_READ_HOSTS = 5_000;
+const MONITOR_TICK_MS = 1_000;
+const CLIENT = {
+  answerGraceMs: 5_000,
+  lookMs: 10_000,
+  connectTimeoutMs: 5_000,
+  pingIntervalMs: 20_000,
+  pingTimeoutMs: 10_000,
+};
+
+export interface ControlPlane {
+  services: Services;
+  deps: Deps;
+  /** Begins what comes again and again; for `serve` only. */
+  start(): void;
+  close(): Promise<void>;
+}
+
+export async function openControlPlane(config: Config, log: Log): Promise<ControlPlane> {
+  const {
+    db,
+    pool: connections,
+    close,
+  } = openDatabase({
+    url: config.databaseUrl,
+    maxConnections: config.databaseConnections,
+    connectTimeoutMs: 10_000,
+    statementTimeoutMs: 30_000,
+    onError: (cause) => log.warn({ err: cause }, "an idle connection to the database broke"),
+  });
+  const migrations = await readMigrations(MIGRATIONS_DIR);
+  const clock: Clock = systemClock;
+  const now = (): number => clock.now();
+  const random = randomBytes;
+  const ids = newIds(random);
+  const sealer = newSealer(config.secretKey, random);
+  try {
+    if (!(await isMigrated(connections, migrations))) {
+      throw new Error("the database is not migrated: run `control-plane migrate`");
+    }
+    const cluster = await openCluster(db, { sealer, ids, random });
+    const token = commandTokens(cluster, now);
+    const open: OpenClient = (endpoint) =>
+      openHostClient(endpoint, { ...CLIENT, clusterId: cluster.id, now, token });
+    const hostDeps = { db, pool: new HostClientPool(open), clock, log };
+    const credentials = new HostCredentials({ db, cluster, random, now, options: config.credentials });
+    const loops = prepareLoops(config, hostDeps, ids.text(20));
+    const deps: Deps = {
+      ...hostDeps,
+      ids,
+      random,
+      sealer,
+      cluster,
+      credentials,
+      scheduler: newScheduler(config.scheduler),
+      options: { ...SERVICE_DEFAULTS, ...config.services },
+      isMigrated: () => isMigrated(connections, migrations),
+      onHostSeen: () => loops.wake(),
+    };
+    return {
+      deps,
+      services: openServices(deps),
+      start: () => loops.start(),
+      close: async () => {
+        await loops.stop();
+        hostDeps.pool.close();
+        await close();
+      },
+    };
+  } catch (cause) {
+    await close();
+    throw cause;
+  }
+}
+
+function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" | "log">, replica: string) {
+  const { clock, log } = deps;
+  const ending = new AbortController();
+  const { signal } = ending;
+  const { leaseMs } = config.services;
+  const monitor = new HostMonitor(deps, { ...config.monitor, batch: BATCH });
+  const sweep = new DeadlineSweep(deps, {
+    batch: BATCH,
+    leaseMs,
+    againMs: Math.min(5_000, leaseMs),
+    silentAgainMs: 2 * leaseMs,
+  });
+  const reader = new EventReader(deps, {
+    reader: replica,
+    leaseMs: config.eventLeaseMs,
+    maxHosts: MAX_READ_HOSTS,
+    againMs: 1_000,
+  });
+  const loops: Loop[] = [];
+  const start = (name: string, everyMs: number, round: () => Promise<unknown>): void => {
+    loops.push(
+      startLoop({ name, everyMs, clock, log, signal }, async () => {
+        await round();
+      }),
+    );
+  };
+  return {
+    start: () => {
+      start("monitor", Math.min(MONITOR_TICK_MS, config.monitor.everyMs), () => monitor.round(signal));
+      start("sweep", config.sweepMs, () => sweep.round());
+      start("events", Math.ceil(config.eventLeaseMs / 3), () => reader.round());
+    },
+    wake: () => {
+      for (const loop of loops) loop.wake();
+    },
+    stop: async () => {
+      ending.abort();
+      await Promise.all(loops.map(({ done }) => done));
+      if (loops.length > 0) await reader.close();
+    },
+  };
+}

@@ -1,0 +1,165 @@
+/**
+ * Looks at each host every so often, one replica at a time: is it alive, and do
+ * its sandboxes and our rows agree?
+ *
+ * Passive: a host whose heartbeats stopped becomes `unreachable` and its running
+ * sandboxes `missing`, but only if heartbeats could have been received all that
+ * time. Active: our rows are read *first*, then the host is asked; differences
+ * are applied by compare-and-set, so what moved meanwhile waits for the next
+ * round. Work under way is not judged here but by the sweep of deadlines.
+ *
+ * A sandbox that a host has and no row knows is left alone and reported: the
+ * database may be the wrong one.
+ */
+import pLimit from "p-limit";
+import { touchReceptive } from "../db/cluster.ts";
+import { type HostRecord, claimDueHosts, markHostUnreachable } from "../db/hosts.ts";
+import {
+  type SandboxRecord,
+  findSandboxes,
+  liveSandboxesOfHost,
+  loseSandboxesOfHost,
+} from "../db/sandboxes.ts";
+import type { HostId, SandboxId } from "../model/ids.ts";
+import { isFinal, isWork } from "../model/sandbox-state.ts";
+import type { AgentSandbox, HostAgent } from "./host-agent.ts";
+import { type HostDeps, agentOf, releaseVm, settleSandbox } from "./settle.ts";
+
+export interface MonitorOptions {
+  /** Between two checks of one host. */
+  everyMs: number;
+  /** Without a heartbeat: silent. */
+  silentMs: number;
+  /** One check of one host. */
+  limitMs: number;
+  /** Hosts claimed at once by one replica. */
+  batch: number;
+}
+
+/** Longer than this without any replica, and heartbeats were lost through no fault of the hosts. */
+const RECEPTIVE_GAP_MS = 30_000;
+const PAGE = 1_000;
+/** Settling at once, per host: each is a few queries, some a call. */
+const PARALLEL = 8;
+
+export class HostMonitor {
+  readonly #deps: HostDeps;
+  readonly #options: MonitorOptions;
+
+  constructor(deps: HostDeps, options: MonitorOptions) {
+    this.#deps = deps;
+    this.#options = options;
+  }
+
+  /** Checks the hosts that are due; a hung one delays only itself, and this round by its limit at most. */
+  async round(signal: AbortSignal): Promise<void> {
+    const { db } = this.#deps;
+    const { batch, everyMs } = this.#options;
+    const receptiveMs = await touchReceptive(db, RECEPTIVE_GAP_MS);
+    const due = await claimDueHosts(db, { limit: batch, everyMs });
+    await Promise.all(due.map((host) => this.#check(host, receptiveMs, signal)));
+  }
+
+  async #check(
+    host: HostRecord & { silentMs: number },
+    receptiveMs: number,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const { silentMs, limitMs } = this.#options;
+    try {
+      if (host.status === "online" && host.silentMs >= silentMs && receptiveMs >= silentMs) {
+        await this.#giveUp(host.id);
+        return;
+      }
+      // One that is silent but was not given up yet is asked too: only its heartbeats may fail.
+      if (host.status === "online") {
+        await this.compare(host, AbortSignal.any([signal, AbortSignal.timeout(limitMs)]));
+      }
+    } catch (cause) {
+      if (!signal.aborted) this.#deps.log.warn({ err: cause, host: host.id }, "a host could not be checked");
+    }
+  }
+
+  async #giveUp(id: HostId): Promise<void> {
+    const { db, log } = this.#deps;
+    const lost = await db.transaction().execute(async (tx) => {
+      const isGivenUp = await markHostUnreachable(tx, id, this.#options.silentMs);
+      return isGivenUp ? loseSandboxesOfHost(tx, id) : undefined;
+    });
+    if (lost !== undefined) log.warn({ host: id, missing: lost }, "a host went silent");
+  }
+
+  /** Holds all rows of a host against all that it has. */
+  async compare(host: HostRecord, signal: AbortSignal): Promise<void> {
+    const agent = agentOf(this.#deps.pool, host);
+    if (!agent) return;
+    const rows = await this.#rowsOf(host.id);
+    const seen = await this.#sandboxesOf(agent, signal);
+    const limit = pLimit(PARALLEL);
+    const judged = [...rows.values()].filter(({ status }) => !isWork(status));
+    await Promise.all(
+      judged.map((row) =>
+        limit(async () => {
+          if (!signal.aborted) await settleSandbox(this.#deps, agent, row, seen.get(row.id));
+        }),
+      ),
+    );
+    const unclaimed = [...seen.values()].filter(({ id }) => !rows.has(id));
+    await this.#judgeUnclaimed(host, agent, unclaimed);
+  }
+
+  /** What the host has, and no live row of it: ended rows' VMs go, strangers stay. */
+  async #judgeUnclaimed(
+    host: HostRecord,
+    agent: HostAgent,
+    unclaimed: readonly AgentSandbox[],
+  ): Promise<void> {
+    const { db, log } = this.#deps;
+    const known = new Map<SandboxId, SandboxRecord>();
+    for (let at = 0; at < unclaimed.length; at += PAGE) {
+      const ids = unclaimed.slice(at, at + PAGE).map(({ id }) => id);
+      for (const row of await findSandboxes(db, ids)) known.set(row.id, row);
+    }
+    const strangers = unclaimed.filter(({ id }) => !known.has(id));
+    if (strangers.length > 0) {
+      log.error(
+        { host: host.id, sandboxes: strangers.slice(0, 20).map(({ id }) => id), count: strangers.length },
+        "a host has sandboxes that no row knows; they are left alone. Is this the right database?",
+      );
+    }
+    for (const { id, generation } of unclaimed) {
+      const row = known.get(id);
+      // Live rows of this host came into being since the rows were read.
+      if (!row || (!isFinal(row.status) && (row.hostId === host.id || row.hostId === undefined))) continue;
+      if (generation > row.generation) continue;
+      log.info(
+        { host: host.id, sandbox: id, status: row.status },
+        "a host still has a sandbox that is not its own any more",
+      );
+      await releaseVm(this.#deps, agent, row);
+    }
+  }
+
+  async #rowsOf(id: HostId): Promise<Map<SandboxId, SandboxRecord>> {
+    const rows = new Map<SandboxId, SandboxRecord>();
+    for (let after = ""; ;) {
+      const page = await liveSandboxesOfHost(this.#deps.db, id, { after, limit: PAGE });
+      for (const row of page) rows.set(row.id, row);
+      const last = page.at(-1);
+      if (page.length < PAGE || !last) return rows;
+      after = last.id;
+    }
+  }
+
+  async #sandboxesOf(agent: HostAgent, signal: AbortSignal): Promise<Map<SandboxId, AgentSandbox>> {
+    const seen = new Map<SandboxId, AgentSandbox>();
+    for (let after = ""; ;) {
+      const { items, more } = await agent.listSandboxes({ after, limit: PAGE }, signal);
+      for (const item of items) seen.set(item.id, item);
+      const last = items.at(-1);
+      // A host that says "more" without going on would hold us for ever.
+      if (!more || !last || last.id <= after) return seen;
+      after = last.id;
+    }
+  }
+}

@@ -1,0 +1,63 @@
+import assert from "node:assert/strict";
+import { test } from "vitest";
+import type { HostRecord } from "../db/hosts.ts";
+import type { HostId } from "../model/ids.ts";
+import { newScheduler } from "./scheduler.ts";
+
+const small = { memoryMb: 512, diskMb: 4096 };
+
+function host(name: string, facts: Partial<HostRecord> = {}): HostRecord {
+  return {
+    id: `host-${name}` as HostId,
+    name,
+    type: "shared",
+    status: "online",
+    draining: false,
+    labels: {},
+    memoryMb: 8192,
+    diskMb: 100_000,
+    cpus: 2,
+    drivers: { vmm: "qemu" },
+    epoch: 1,
+    acknowledgedEvent: 0n,
+    createdAt: new Date(0),
+    ...facts,
+  };
+}
+
+test("round-robin asks each host in turn", () => {
+  const scheduler = newScheduler("round-robin");
+  const hosts = [host("b"), host("c"), host("a")];
+  const picked = Array.from({ length: 6 }, () => scheduler.pick(small, hosts)?.name);
+  assert.deepEqual(picked, ["a", "b", "c", "a", "b", "c"]);
+});
+
+test("round-robin goes on when the host that was asked last is gone", () => {
+  const scheduler = newScheduler("round-robin");
+  scheduler.pick(small, [host("a"), host("b")]);
+  assert.equal(scheduler.pick(small, [host("b"), host("c")])?.name, "b");
+  assert.equal(scheduler.pick(small, [host("a"), host("c")])?.name, "c");
+});
+
+test("least-loaded picks the host with the smallest part of its memory in use", () => {
+  const load = (memoryMbUsed: number) => ({ cpus: 0, memoryMbUsed, diskMbFree: 0, sandboxes: 0 });
+  const hosts = [
+    host("a", { load: load(4000) }),
+    host("b", { load: load(6000), memoryMb: 64_000 }),
+    host("c", { load: load(3000) }),
+  ];
+  assert.equal(newScheduler("least-loaded").pick(small, hosts)?.name, "b");
+});
+
+test("no sandbox goes to a host that is silent, draining, too small, of another VMM, or without the snapshot", () => {
+  const scheduler = newScheduler("round-robin");
+  const refuses = (facts: Partial<HostRecord>, request = {}) =>
+    assert.equal(scheduler.pick({ ...small, ...request }, [host("a", facts)]), undefined);
+  refuses({ status: "unreachable" });
+  refuses({ status: "pending" });
+  refuses({ draining: true });
+  refuses({ memoryMb: 511 });
+  refuses({ diskMb: 4095 });
+  refuses({}, { vmm: "firecracker" });
+  refuses({}, { hostId: "host-b" as HostId });
+});

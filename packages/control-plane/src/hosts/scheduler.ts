@@ -1,0 +1,63 @@
+/**
+ * Which host a new sandbox goes to. Filters say which may; a strategy picks one.
+ *
+ * Capacity is filtered by what a host has at all: how much of it is free only
+ * the host knows, and it refuses what it has no room for. The caller then asks
+ * again without it.
+ */
+import type { HostRecord } from "../db/hosts.ts";
+import type { HostId } from "../model/ids.ts";
+
+export interface PlacementRequest {
+  memoryMb: number;
+  diskMb: number;
+  /** The only host that has the snapshot. */
+  hostId?: HostId | undefined;
+  /** Kind of VMM that its template was made with. */
+  vmm?: string | undefined;
+}
+
+export interface Scheduler {
+  /** Undefined: none of them. */
+  pick(request: PlacementRequest, hosts: readonly HostRecord[]): HostRecord | undefined;
+}
+
+type Strategy = (hosts: readonly HostRecord[]) => HostRecord | undefined;
+type Filter = (host: HostRecord, request: PlacementRequest) => boolean;
+
+const FILTERS: Record<string, Filter> = {
+  isOnline: (host) => host.status === "online",
+  isNotDraining: (host) => !host.draining,
+  hasCapacity: (host, { memoryMb, diskMb }) =>
+    memoryMb <= (host.memoryMb ?? 0) && diskMb <= (host.diskMb ?? 0),
+  hasVmm: (host, { vmm }) => vmm === undefined || host.drivers?.["vmm"] === vmm,
+  hasSnapshot: (host, { hostId }) => hostId === undefined || host.id === hostId,
+};
+
+/** Each in turn, by id: whoever was asked last comes last. */
+function roundRobin(): Strategy {
+  let last = "";
+  return (hosts) => {
+    const sorted = hosts.toSorted((a, b) => (a.id < b.id ? -1 : 1));
+    const next = sorted.find(({ id }) => id > last) ?? sorted[0];
+    if (next) last = next.id;
+    return next;
+  };
+}
+
+/** The one with the smallest part of its memory in use, by its own last word. */
+function leastLoaded(): Strategy {
+  const used = (host: HostRecord): number => (host.load?.memoryMbUsed ?? 0) / (host.memoryMb ?? 1);
+  return (hosts) => hosts.toSorted((a, b) => used(a) - used(b) || (a.id < b.id ? -1 : 1))[0];
+}
+
+export const STRATEGIES = { "round-robin": roundRobin, "least-loaded": leastLoaded } as const;
+export type StrategyName = keyof typeof STRATEGIES;
+
+export function newScheduler(name: StrategyName): Scheduler {
+  const strategy: Strategy = STRATEGIES[name]();
+  return {
+    pick: (request, hosts) =>
+      strategy(hosts.filter((host) => Object.values(FILTERS).every((admits) => admits(host, request)))),
+  };
+}

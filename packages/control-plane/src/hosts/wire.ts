@@ -1,0 +1,72 @@
+/** Messages of the host agent's protocol ⇄ the model's words. */
+import { RookeryError } from "@rookery/protocol/errors";
+import {
+  type HostEvent,
+  type Sandbox as WireSandbox,
+  SandboxPhase,
+  TimeoutAction,
+  TimeoutMode,
+} from "@rookery/protocol/hostagent";
+import type { SandboxId } from "../model/ids.ts";
+import type { Lifetime } from "../model/sandbox.ts";
+import type { AgentCommand, AgentEvent, AgentOperation, AgentPhase, AgentSandbox } from "./host-agent.ts";
+
+const PHASES: Record<SandboxPhase, AgentPhase | undefined> = {
+  [SandboxPhase.UNSPECIFIED]: undefined,
+  [SandboxPhase.STARTING]: "starting",
+  [SandboxPhase.RUNNING]: "running",
+  [SandboxPhase.PAUSING]: "pausing",
+  [SandboxPhase.PAUSED]: "paused",
+  [SandboxPhase.RESUMING]: "resuming",
+  [SandboxPhase.STOPPING]: "stopping",
+  [SandboxPhase.FAILED]: "failed",
+};
+
+export function toOperation(operation: AgentOperation, clusterId: string) {
+  return {
+    sandboxId: operation.sandboxId,
+    generation: operation.generation,
+    deadlineUnixMs: BigInt(operation.deadline.getTime()),
+    clusterId,
+  };
+}
+
+export function toLifetime(lifetime: Lifetime) {
+  return {
+    timeoutSec: lifetime.timeoutSec,
+    onTimeout: lifetime.onTimeout === "pause" ? TimeoutAction.PAUSE : TimeoutAction.DESTROY,
+    mode: lifetime.timeoutMode === "idle" ? TimeoutMode.IDLE : TimeoutMode.ABSOLUTE,
+  };
+}
+
+export function toCommand(command: AgentCommand) {
+  const { cmd, args, shell, cwd, env, user, stdin, timeoutMs } = command;
+  return { cmd, args: [...args], shell, cwd, env, user, stdin, timeoutMs };
+}
+
+export function fromSandbox(wire: WireSandbox | undefined): AgentSandbox {
+  const phase = wire && PHASES[wire.phase];
+  // A newer agent may know phases that we don't.
+  if (!wire || !phase) throw new RookeryError("host_error", "The host's answer makes no sense.");
+  return {
+    id: wire.sandboxId as SandboxId,
+    phase,
+    generation: wire.generation,
+    vcpus: wire.vcpus,
+    memoryMb: wire.memoryMb,
+    diskMb: wire.diskMb,
+    startedAt: fromTime(wire.startedAtUnixMs),
+    expiresAt: fromTime(wire.expiresAtUnixMs),
+    diskUsedBytes: Number(wire.diskUsedBytes),
+    exit: phase === "failed" ? { code: wire.exitCode, message: wire.exitMessage } : undefined,
+  };
+}
+
+export function fromTime(unixMs: bigint): Date | undefined {
+  return unixMs === 0n ? undefined : new Date(Number(unixMs));
+}
+
+export function fromEvent(wire: HostEvent): AgentEvent {
+  const { number, sandboxId, generation, kind, reason, message } = wire;
+  return { number, sandboxId: sandboxId as SandboxId, generation, kind, reason, message };
+}

@@ -1,0 +1,147 @@
+/**
+ * Makes a sandbox: a row that says which host is at it, then the host.
+ *
+ * A host that has no room, or does not answer, is passed over for the next one;
+ * what a silent host may have made all the same, the monitor ends there, since
+ * the row names another. Any other failure is the sandbox's end, shown in its
+ * row and to the caller.
+ */
+import { RookeryError } from "@rookery/protocol/errors";
+import { type HostRecord, schedulableHosts } from "../db/hosts.ts";
+import { type SandboxRecord, findSandboxes, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
+import { teamQuota } from "../db/teams.ts";
+import type { HostAgent } from "../hosts/host-agent.ts";
+import { agentOf, releaseVm, settleSandbox } from "../hosts/settle.ts";
+import type { HostId, TeamId } from "../model/ids.ts";
+import type { Deps } from "./deps.ts";
+import { shownError, wrongState } from "./errors.ts";
+import { holdRow } from "./hold-row.ts";
+import { type Origin, chooseShape, resolveTemplate } from "./resolve-template.ts";
+import type { Caller, CreateSandboxInput } from "./services.ts";
+
+export async function createSandbox(
+  deps: Deps,
+  caller: Caller,
+  input: CreateSandboxInput,
+): Promise<SandboxRecord> {
+  const origin = await resolveTemplate(deps, caller.teamId, input.template);
+  const order = { ...input, ...chooseShape(origin, input), origin, teamId: caller.teamId };
+  const passedOver = new Set<HostId>();
+  let row: SandboxRecord | undefined;
+  let refusal = new RookeryError("no_capacity", "No host can take this sandbox now.");
+  for (;;) {
+    const host = await pickHost(deps, order, passedOver);
+    const agent = host && agentOf(deps.pool, host);
+    if (!agent) break;
+    passedOver.add(host.id);
+    const placed: SandboxRecord | undefined = row
+      ? await moveSandbox(deps.db, row, "assign", { hostId: host.id, deadlineMs: deps.options.leaseMs })
+      : await insert(deps, order, host.id);
+    if (!placed) {
+      // Not inserted: that host takes none any more. Not moved: it was destroyed meanwhile.
+      if (row) throw await movedAway(deps, row);
+      continue;
+    }
+    const outcome = await makeOn(deps, agent, placed, order.origin);
+    if (outcome.kind === "made") return outcome.row;
+    refusal = outcome.refusal;
+    row = await moveSandbox(deps.db, placed, "refused", { hostId: null, deadlineMs: deps.options.leaseMs });
+    if (!row) throw await movedAway(deps, placed);
+  }
+  if (row) await moveSandbox(deps.db, row, "died", { error: shownError(refusal) });
+  throw refusal;
+}
+
+interface Order extends CreateSandboxInput {
+  teamId: TeamId;
+  origin: Origin;
+  vcpus: number;
+  memoryMb: number;
+  diskMb: number;
+}
+
+async function pickHost(
+  { db, scheduler }: Deps,
+  order: Order,
+  passedOver: ReadonlySet<HostId>,
+): Promise<HostRecord | undefined> {
+  const hosts = await schedulableHosts(db, order.teamId);
+  const { memoryMb, diskMb, origin } = order;
+  return scheduler.pick(
+    { memoryMb, diskMb, hostId: origin.snapshot?.hostId },
+    hosts.filter(({ id }) => !passedOver.has(id)),
+  );
+}
+
+/** Undefined: the host takes no sandboxes any more. */
+async function insert(deps: Deps, order: Order, hostId: HostId): Promise<SandboxRecord | undefined> {
+  const { maxSandboxesPerTeam, leaseMs } = deps.options;
+  const row = await insertSandbox(
+    deps.db,
+    {
+      id: deps.ids.sandbox(),
+      teamId: order.teamId,
+      template: order.origin.name,
+      snapshotId: order.origin.snapshot?.id,
+      hostId,
+      vcpus: order.vcpus,
+      memoryMb: order.memoryMb,
+      diskMb: order.diskMb,
+      timeoutSec: order.timeoutSec,
+      onTimeout: order.onTimeout,
+      timeoutMode: order.timeoutMode,
+      env: order.env,
+      metadata: order.metadata,
+      deadlineMs: leaseMs,
+    },
+    { defaultQuota: maxSandboxesPerTeam },
+  );
+  if (row) return row;
+  const quota = await teamQuota(deps.db, order.teamId);
+  const max = quota?.max ?? maxSandboxesPerTeam;
+  if (!quota || quota.live < max) return undefined;
+  throw new RookeryError("quota_exceeded", `The team has ${quota.live} sandboxes, of at most ${max}.`, {
+    details: { max_sandboxes: max },
+  });
+}
+
+type Outcome = { kind: "made"; row: SandboxRecord } | { kind: "refused"; refusal: RookeryError };
+
+const REFUSALS: ReadonlySet<string> = new Set(["no_capacity", "out_of_disk", "host_unreachable"]);
+
+async function makeOn(deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin): Promise<Outcome> {
+  try {
+    const seen = await holdRow(deps, row, () =>
+      agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin)),
+    );
+    const settled = await settleSandbox(deps, agent, row, seen);
+    if (settled.kind === "settled") return { kind: "made", row: settled.row };
+  } catch (cause) {
+    if (cause instanceof RookeryError && REFUSALS.has(cause.code)) return { kind: "refused", refusal: cause };
+    const ended = await moveSandbox(deps.db, row, "died", { error: shownError(cause) });
+    if (ended) {
+      await releaseVm(deps, agent, ended);
+      throw cause;
+    }
+  }
+  throw await movedAway(deps, row);
+}
+
+function operationOf({ clock, options }: Deps, { id, generation }: SandboxRecord) {
+  return { sandboxId: id, generation, deadline: new Date(clock.now() + options.createMs) };
+}
+
+function specOf({ cluster }: Deps, row: SandboxRecord, { name, snapshot }: Origin) {
+  const { vcpus, memoryMb, diskMb, timeoutSec, onTimeout, timeoutMode, env, teamId } = row;
+  return {
+    source: snapshot ? { kind: "snapshot" as const, id: snapshot.id } : { kind: "image" as const, name },
+    envdAccessToken: cluster.envdAccessToken(row),
+    ...{ vcpus, memoryMb, diskMb, timeoutSec, onTimeout, timeoutMode, env, teamId },
+  };
+}
+
+/** Another call got at the row while its host was at it. */
+async function movedAway({ db }: Deps, { id, status }: SandboxRecord): Promise<RookeryError> {
+  const [now] = await findSandboxes(db, [id]);
+  return wrongState(now?.status ?? status, "it was ended while it started");
+}

@@ -1,0 +1,86 @@
+/** The use cases, put together. Here, and only here, a database that is away becomes a caller's error. */
+import { RookeryError } from "@rookery/protocol/errors";
+import { listApiKeys } from "../db/api-keys.ts";
+import { asDatabaseError } from "../db/database.ts";
+import { listSnapshots } from "../db/snapshots.ts";
+import { listTeams } from "../db/teams.ts";
+import { listTemplates } from "../db/templates.ts";
+import { Authenticator } from "./authenticate.ts";
+import { pauseSandbox, resumeSandbox } from "./command-sandbox.ts";
+import { createSandbox } from "./create-sandbox.ts";
+import type { Deps } from "./deps.ts";
+import { destroySandbox } from "./destroy-sandbox.ts";
+import { demandPlatform } from "./errors.ts";
+import { exec, pingSandbox, readFile, writeFile } from "./guest-calls.ts";
+import * as hosts from "./hosts.ts";
+import { idempotent } from "./idempotent.ts";
+import { getSandbox, list, updateSandbox } from "./look-at-sandboxes.ts";
+import type { Services } from "./services.ts";
+import { createSnapshot, deleteSnapshot } from "./snapshots.ts";
+import { createApiKey, createTeam, deleteApiKey } from "./teams-and-keys.ts";
+
+export function openServices(deps: Deps): Services {
+  const { db } = deps;
+  const keys = new Authenticator(deps);
+  return translated({
+    authenticate: (presented) => keys.authenticate(presented),
+    checkReady: async () => {
+      if (!(await deps.isMigrated()))
+        throw new RookeryError("unavailable", "The database is not migrated yet.");
+    },
+    idempotent: (caller, key, fingerprint, work) =>
+      idempotent(deps, { teamId: caller.teamId, key, fingerprint }, work),
+
+    createSandbox: (caller, input) => createSandbox(deps, caller, input),
+    listSandboxes: (caller, input) => list(deps, caller, input),
+    getSandbox: (caller, id) => getSandbox(deps, caller, id),
+    updateSandbox: (caller, id, input) => updateSandbox(deps, caller, id, input),
+    pauseSandbox: (caller, id) => pauseSandbox(deps, caller, id),
+    resumeSandbox: (caller, id) => resumeSandbox(deps, caller, id),
+    destroySandbox: (caller, id) => destroySandbox(deps, caller, id),
+    pingSandbox: (caller, id) => pingSandbox(deps, caller, id),
+    exec: (caller, id, input, signal) => exec(deps, caller, id, input, signal),
+    writeFile: (caller, id, path, content, signal) => writeFile(deps, caller, id, path, content, signal),
+    readFile: (caller, id, path, signal) => readFile(deps, caller, id, path, signal),
+
+    createSnapshot: (caller, input) => createSnapshot(deps, caller, input),
+    listSnapshots: (caller, page) => listSnapshots(db, caller.teamId, page),
+    deleteSnapshot: (caller, name) => deleteSnapshot(deps, caller, name),
+    listTemplates: (caller, page) => listTemplates(db, caller.teamId, page),
+
+    createApiKey: (caller, input) => createApiKey(deps, caller, input),
+    listApiKeys: (caller, page) => listApiKeys(db, caller.teamId, page),
+    deleteApiKey: (caller, id) => deleteApiKey(deps, keys, caller, id),
+    createTeam: (caller, input) => createTeam(deps, caller, input),
+    listTeams: async (caller, page) => {
+      demandPlatform(caller, "Listing teams");
+      return listTeams(db, page);
+    },
+
+    createHost: (caller, input) => hosts.createHost(deps, caller, input),
+    newRegistrationToken: (caller, id) => hosts.newRegistrationToken(deps, caller, id),
+    listHosts: (caller, page) => hosts.listHosts(deps, caller, page),
+    getHost: (caller, id) => hosts.getHost(deps, caller, id),
+    registerHost: (input) => hosts.registerHost(deps, input),
+    heartbeat: (accessToken, id, input) => hosts.heartbeat(deps, accessToken, id, input),
+    refreshHostTokens: (refreshToken) => deps.credentials.refresh(refreshToken),
+  });
+}
+
+function translated(services: Services): Services {
+  const wrap =
+    <A extends unknown[], R>(use: (...args: A) => Promise<R>) =>
+    async (...args: A): Promise<R> => {
+      try {
+        return await use(...args);
+      } catch (cause) {
+        throw asDatabaseError(cause);
+      }
+    };
+  return Object.fromEntries(
+    Object.entries(services).map(([name, use]) => [
+      name,
+      wrap(use as (...args: unknown[]) => Promise<unknown>),
+    ]),
+  ) as unknown as Services;
+}
