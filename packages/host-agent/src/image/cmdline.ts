@@ -23,6 +23,8 @@ export const IMAGE_KERNEL_ARGS: readonly string[] = [
   // After a pause all of these see a time jump and report a hang that was none.
   "nowatchdog",
   "rcupdate.rcu_cpu_stall_suppress=1",
+  // The kernel's tests of its own ciphers take an emulated guest a second.
+  "cryptomgr.notests",
   // Nobody reads audit records here, and each execve would pay for one.
   "audit=0",
 ];

@@ -84,13 +84,15 @@ export async function makeDebianTree(
       },
     },
   );
+  let unpacked = 0;
   await whileReporting(building, PROGRESS_POLL_MS, async () => {
-    const unpacked = await countUnpacked(temporaryDir);
-    context.report(
-      "debian",
-      `Unpacking and configuring ${packageCount} Debian packages`,
-      Math.min(1, unpacked / packageCount),
-    );
+    // It only grows: at the end the tree is packed up and taken away under our eyes.
+    unpacked = Math.max(unpacked, Math.min(packageCount, await countUnpacked(temporaryDir)));
+    if (unpacked < packageCount) {
+      context.report("debian", `Unpacking ${packageCount} Debian packages`, unpacked / packageCount);
+    } else {
+      context.report("debian", `Configuring ${packageCount} Debian packages and packing them up`);
+    }
   }).catch((cause: unknown) => {
     if (!(cause instanceof CommandError)) throw cause;
     throw new RookeryError("host_error", "mmdebstrap could not make the guest's Debian tree.", { cause });

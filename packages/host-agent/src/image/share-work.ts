@@ -33,18 +33,19 @@ export function shareWork<T>(
     const { outcome, abort } = shared;
     shared.waiting += 1;
     const left = Promise.withResolvers<never>();
-    const leave = (): void => left.reject(signal.reason);
+    const leave = (): void => {
+      shared.waiting -= 1;
+      if (shared.waiting === 0) abort.abort(signal.reason);
+      left.reject(signal.reason);
+    };
     signal.addEventListener("abort", leave, { once: true });
     try {
       return await Promise.race([outcome, left.promise]);
     } finally {
       signal.removeEventListener("abort", leave);
-      shared.waiting -= 1;
-      if (shared.waiting === 0 && signal.aborted) {
-        abort.abort(signal.reason);
-        // The last one sees the undoing through: what it leaves is as it was.
-        await outcome.catch(() => undefined); // its own reason is on its way already
-      }
+      // The last one sees the undoing through, so that what it leaves is as it was.
+      // The work's own reason is no news: this caller's is on its way.
+      if (abort.signal.aborted) await outcome.catch(() => undefined);
     }
   };
 }

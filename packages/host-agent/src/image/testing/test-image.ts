@@ -12,6 +12,7 @@ import type { ImageStoreOptions } from "../image-store.ts";
 import { openImageStore } from "../image-store.ts";
 
 const REPOSITORY_DIR = join(import.meta.dirname, "../../../../..");
+const KEEP_OLD_MS = 3_600_000;
 export const TEST_DATA_DIR = join(REPOSITORY_DIR, ".rookery/test");
 
 /** All but the progress callback, for tests that open a store of their own. */
@@ -33,7 +34,12 @@ export async function testImage(signal: AbortSignal): Promise<GuestImage> {
   const options = await testImageStoreOptions(TEST_DATA_DIR);
   try {
     const store = await openImageStore(options);
-    return await store.ensure("base", signal);
+    const image = await store.ensure("base", signal);
+    // Every change of envd leaves an image behind; young ones may be another suite's.
+    for (const { hash, createdAt } of await store.list()) {
+      if (hash !== image.hash && Date.now() - createdAt.getTime() > KEEP_OLD_MS) await store.remove(hash);
+    }
+    return image;
   } finally {
     await removeTree(options.envdBundleDir);
   }
