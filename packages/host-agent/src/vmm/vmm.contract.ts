@@ -8,9 +8,9 @@ import assert from "node:assert/strict";
 import { join } from "node:path";
 import { RookeryError, type ErrorCode } from "@rookery/protocol/errors";
 import { afterAll, afterEach, beforeAll, describe, test } from "vitest";
-import type { LayerId } from "../ids.ts";
-import type { DiskLayer, RootDisk, RootDiskDriver } from "../root-disk/root-disk.ts";
-import type { BootFiles, MemoryBase, MemoryLayer, Vm, VmmDriver, VmPlace, VmShape } from "./vmm.ts";
+import type { DiskAttachment, DiskLayer, RootDiskDriver } from "../root-disk/root-disk.ts";
+import { patience, TestSandboxes } from "./testing/test-sandboxes.ts";
+import type { BootFiles, MemoryLayer, Vm, VmmDriver, VmPlace, VmShape } from "./vmm.ts";
 
 export interface VmmTestBed extends AsyncDisposable {
   /** The driver of the present agent. */
@@ -45,18 +45,6 @@ export interface VmmTestBed extends AsyncDisposable {
   };
 }
 
-interface Sandbox {
-  vm: Vm;
-  disk: RootDisk;
-}
-
-/** Anything here that takes longer has hung. */
-const PATIENCE_MS = 60_000;
-
-function patience(): AbortSignal {
-  return AbortSignal.timeout(PATIENCE_MS);
-}
-
 async function rejectsWith(code: ErrorCode, action: () => Promise<unknown>): Promise<void> {
   await assert.rejects(action, (cause: unknown) => {
     assert.ok(cause instanceof RookeryError, `expected a RookeryError, got ${String(cause)}`);
@@ -68,98 +56,26 @@ async function rejectsWith(code: ErrorCode, action: () => Promise<unknown>): Pro
 export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): void {
   describe(`${name} keeps the VMM contract`, () => {
     let bed: VmmTestBed;
-    let base: MemoryBase;
-    let warmChain: readonly DiskLayer[];
-    let lastId = 0;
-    const sandboxes = new Set<Sandbox>();
-
-    const newDisk = (chain: readonly DiskLayer[]): Promise<RootDisk> => {
-      lastId += 1;
-      return bed.rootDisk.create(
-        { dir: join(bed.dir, `disk-${lastId}`), chain, sizeBytes: bed.image.sizeBytes },
-        patience(),
-      );
-    };
-    const newLayerId = (): LayerId => {
-      lastId += 1;
-      // Of the form of a LayerId, and unique in this bed.
-      return `ly${`${lastId}`.padStart(16, "0")}` as LayerId;
-    };
-    const freezeTop = async (disk: RootDisk, place: VmPlace): Promise<RootDisk> => {
-      await bed.rootDisk.detach(disk, place, patience());
-      await bed.rootDisk.prepareNextTop(disk, place, patience());
-      const layersDir = join(bed.dir, "layers");
-      return bed.rootDisk.commitNextTop(disk, { layerId: newLayerId(), layersDir }, patience());
-    };
-    const spawn = async (): Promise<Sandbox> => {
-      const place = await bed.makePlace();
-      const disk = await newDisk(warmChain);
-      const attachment = await bed.rootDisk.attach(disk, place, patience());
-      const vm = await bed.vmm.spawnClone({ place, base, disk: attachment }, patience());
-      const sandbox = { vm, disk };
-      sandboxes.add(sandbox);
-      return sandbox;
-    };
-    const startClone = async (): Promise<Sandbox> => {
-      const sandbox = await spawn();
-      await sandbox.vm.thaw({}, patience());
-      await bed.guest.ready(sandbox.vm);
-      return sandbox;
-    };
-    /** A paused sandbox: its layer and its disk. */
-    const pause = async ({ vm, disk }: Sandbox): Promise<{ layer: MemoryLayer; disk: RootDisk }> => {
-      lastId += 1;
-      await vm.freeze(patience());
-      const capture = await vm.captureLayer(patience());
-      const layer = await capture.writeTo(join(bed.dir, `layer-${lastId}`), patience());
-      await vm.kill();
-      await bed.rootDisk.detach(disk, vm.place, patience());
-      return { layer, disk };
-    };
-    const resume = async (paused: { layer: MemoryLayer; disk: RootDisk }): Promise<Sandbox> => {
-      const sandbox = await spawn();
-      const attachment = await bed.rootDisk.attach(paused.disk, sandbox.vm.place, patience());
-      await sandbox.vm.thaw({ disk: attachment, layer: paused.layer }, patience());
-      await bed.guest.ready(sandbox.vm);
-      return { vm: sandbox.vm, disk: paused.disk };
+    let sandboxes: TestSandboxes;
+    const place = async (): Promise<{ place: VmPlace; disk: DiskAttachment }> => {
+      const made = await bed.makePlace();
+      const disk = await bed.rootDisk.attach(await sandboxes.newDisk(), made, patience());
+      return { place: made, disk };
     };
 
     beforeAll(async () => {
       bed = await openBed();
-      const place = await bed.makePlace();
-      const disk = await newDisk(bed.image.chain);
-      const attachment = await bed.rootDisk.attach(disk, place, patience());
-      const vm = await bed.vmm.boot(
-        { place, shape: bed.shape, boot: bed.boot, disk: attachment },
-        AbortSignal.timeout(2 * PATIENCE_MS),
-      );
-      try {
-        await bed.guest.ready(vm);
-        await bed.guest.remember(vm, "template");
-        await vm.freeze(patience());
-        base = await vm.saveBase(join(bed.dir, "base"), patience());
-      } finally {
-        await vm.kill();
-      }
-      const committed = await freezeTop(disk, place);
-      warmChain = committed.chain;
-      await bed.removePlace(place);
+      sandboxes = await TestSandboxes.open(bed);
     });
-
     afterEach(async () => {
-      for (const sandbox of sandboxes) {
-        await sandbox.vm.kill();
-        await bed.removePlace(sandbox.vm.place);
-        sandboxes.delete(sandbox);
-      }
+      await sandboxes.clear();
     });
-
     afterAll(async () => {
       await bed[Symbol.asyncDispose]();
     });
 
     test("a clone goes on where its template was frozen", async () => {
-      const { vm } = await spawn();
+      const { vm } = await sandboxes.spawn();
       assert.equal(vm.state, "waiting");
       await vm.thaw({}, patience());
       assert.equal(vm.state, "running");
@@ -168,15 +84,15 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("what one clone does, no other sees", async () => {
-      const one = await startClone();
-      const other = await startClone();
+      const one = await sandboxes.start();
+      const other = await sandboxes.start();
       await bed.guest.remember(one.vm, "one");
       assert.equal(await bed.guest.recall(other.vm), "template");
       assert.equal(await bed.guest.recall(one.vm), "one");
     });
 
     test("stopping twice is stopping once", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await Promise.all([vm.kill(), vm.kill()]);
       await vm.kill();
       assert.equal(vm.state, "exited");
@@ -184,13 +100,13 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a clone that waits can be ended", async () => {
-      const { vm } = await spawn();
+      const { vm } = await sandboxes.spawn();
       await vm.kill();
       assert.equal((await vm.exited).reason, "killed");
     });
 
     test("a frozen guest stands still, and goes on when it is let", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       const before = await bed.guest.ticks(vm);
       await vm.freeze(patience());
       assert.equal(vm.state, "frozen");
@@ -201,28 +117,28 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a layer brings memory and processes back into another VMM", async () => {
-      const first = await startClone();
+      const first = await sandboxes.start();
       await bed.guest.remember(first.vm, "before the pause");
       const before = await bed.guest.ticks(first.vm);
-      const paused = await pause(first);
+      const paused = await sandboxes.pause(first);
       assert.ok(paused.layer.pageBytes > 0);
       assert.ok(paused.layer.allocatedBytes >= paused.layer.pageBytes);
-      const second = await resume(paused);
+      const second = await sandboxes.resume(paused);
       assert.equal(await bed.guest.recall(second.vm), "before the pause");
       assert.ok((await bed.guest.ticks(second.vm)) >= before);
     });
 
     test("a layer of a resumed guest is whole again by itself", async () => {
-      const first = await startClone();
+      const first = await sandboxes.start();
       await bed.guest.remember(first.vm, "kept through both");
-      const second = await resume(await pause(first));
-      const paused = await pause(second);
-      const third = await resume(paused);
+      const second = await sandboxes.resume(await sandboxes.pause(first));
+      const paused = await sandboxes.pause(second);
+      const third = await sandboxes.resume(paused);
       assert.equal(await bed.guest.recall(third.vm), "kept through both");
     });
 
     test("a guest goes on after its layer was taken, and the layer is of that moment", async () => {
-      const { vm, disk } = await startClone();
+      const { vm, disk } = await sandboxes.start();
       await bed.guest.remember(vm, "at the fork");
       const { next } = await bed.rootDisk.prepareNextTop(disk, vm.place, patience());
       await vm.freeze(patience());
@@ -234,56 +150,48 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
       const layersDir = join(bed.dir, "layers");
       const { chain } = await bed.rootDisk.commitNextTop(
         disk,
-        { layerId: newLayerId(), layersDir },
+        { layerId: sandboxes.newLayerId(), layersDir },
         patience(),
       );
 
-      const child = await resume({ layer, disk: await newDisk(chain) });
+      const child = await sandboxes.resume({ layer, disk: await sandboxes.newDisk(chain) });
       assert.equal(await bed.guest.recall(child.vm), "at the fork");
       assert.equal(await bed.guest.recall(vm), "after the fork");
     });
 
     test("a damaged layer is refused, and nothing of it runs", async () => {
-      const paused = await pause(await startClone());
+      const paused = await sandboxes.pause(await sandboxes.start());
       await bed.damage(paused.layer);
-      const { vm } = await spawn();
+      const { vm } = await sandboxes.spawn();
       await rejectsWith("host_error", () => vm.thaw({ layer: paused.layer }, patience()));
       assert.notEqual(vm.state, "running");
     });
 
     test("a base of another VMM or CPU is refused", async () => {
-      const place = await bed.makePlace();
-      const disk = await newDisk(warmChain);
-      const attachment = await bed.rootDisk.attach(disk, place, patience());
-      const other = { ...base, fingerprint: "another" };
-      await rejectsWith("host_error", () =>
-        bed.vmm.spawnClone({ place, base: other, disk: attachment }, patience()),
-      );
-      await bed.removePlace(place);
+      const given = await place();
+      const base = { ...sandboxes.base, fingerprint: "another" };
+      await rejectsWith("host_error", () => bed.vmm.spawnClone({ ...given, base }, patience()));
+      await bed.removePlace(given.place);
     });
 
     test("a base whose files are not the promised ones is refused", async () => {
-      const place = await bed.makePlace();
-      const disk = await newDisk(warmChain);
-      const attachment = await bed.rootDisk.attach(disk, place, patience());
-      const other = { ...base, memorySha256: "0".repeat(64) };
-      await rejectsWith("host_error", () =>
-        bed.vmm.spawnClone({ place, base: other, disk: attachment }, patience()),
-      );
-      await bed.removePlace(place);
+      const given = await place();
+      const base = { ...sandboxes.base, memorySha256: "0".repeat(64) };
+      await rejectsWith("host_error", () => bed.vmm.spawnClone({ ...given, base }, patience()));
+      await bed.removePlace(given.place);
     });
 
     test("a clone is thawed once, also when that failed", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await rejectsWith("wrong_state", () => vm.thaw({}, patience()));
       const missing = { dir: join(bed.dir, "no-such-layer"), pageBytes: 0, allocatedBytes: 0 };
-      const { vm: failed } = await spawn();
+      const { vm: failed } = await sandboxes.spawn();
       await rejectsWith("host_error", () => failed.thaw({ layer: missing }, patience()));
       await rejectsWith("wrong_state", () => failed.thaw({}, patience()));
     });
 
     test("what a state does not allow is refused and changes nothing", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await rejectsWith("wrong_state", () => vm.captureLayer(patience()));
       await rejectsWith("wrong_state", () => vm.unfreeze(patience()));
       await rejectsWith("wrong_state", () => vm.saveBase(join(bed.dir, "no-base"), patience()));
@@ -295,14 +203,14 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("an operation that was called off beforehand does nothing", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await assert.rejects(vm.freeze(AbortSignal.abort()));
       assert.equal(vm.state, "running");
       assert.equal(await bed.guest.recall(vm), "template");
     });
 
     test("a VMM that dies is noticed, and answers no ping", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await bed.killFromOutside(vm);
       assert.equal((await vm.exited).reason, "vmm_exited");
       assert.equal(vm.state, "exited");
@@ -311,7 +219,7 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a guest whose kernel crashes is noticed, with its last words", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await bed.guest.crash(vm);
       const exit = await vm.exited;
       assert.equal(exit.reason, "guest_crashed");
@@ -319,14 +227,14 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a guest that shuts down is noticed", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       await bed.guest.shutDown(vm);
       assert.equal((await vm.exited).reason, "guest_shutdown");
     });
 
     test("a restarted agent finds a running VM, a frozen one, and can go on with both", async () => {
-      const running = await startClone();
-      const frozen = await startClone();
+      const running = await sandboxes.start();
+      const frozen = await sandboxes.start();
       await bed.guest.remember(running.vm, "survived");
       await frozen.vm.freeze(patience());
 
@@ -350,7 +258,7 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a restarted agent notices the end of a VM that it adopted", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       const driver = await bed.restartDriver();
       const found = await driver.adopt(vm.place, vm.record, patience());
       assert.ok(found);
@@ -359,7 +267,7 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
     });
 
     test("a record of a process that is gone, or of another one, adopts nothing", async () => {
-      const { vm } = await startClone();
+      const { vm } = await sandboxes.start();
       const driver = await bed.restartDriver();
       const recycled = { ...vm.record, startTime: "1" };
       assert.equal(await driver.adopt(vm.place, recycled, patience()), undefined);

@@ -177,10 +177,11 @@ async function warmUp(
 async function freezeDisk(
   disk: RootDisk,
   buildDir: string,
-  { rootDisk, randomBytes }: BuildTools,
+  tools: BuildTools,
   signal: AbortSignal,
 ): Promise<RootDisk> {
-  const layerId = `ly${Buffer.from(randomBytes(8)).toString("hex")}` as LayerId;
+  const { rootDisk } = tools;
+  const layerId = `ly${Buffer.from(tools.randomBytes(8)).toString("hex")}` as LayerId;
   await rootDisk.prepareNextTop(disk, undefined, signal);
   const layersDir = join(buildDir, "disk");
   await mkdir(layersDir, { mode: 0o700 });

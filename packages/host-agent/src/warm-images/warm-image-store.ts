@@ -49,7 +49,7 @@ export class WarmImageStore implements WarmImages {
   /** By image and shape: looking an image up anew for each sandbox would be slow. */
   readonly #current = new Map<string, { image: string; key: WarmKey }>();
   readonly #build: (name: string, signal: AbortSignal) => Promise<WarmImage>;
-  /** What the names of builds under way stand for. */
+  /** What the names of builds stand for. */
   readonly #asked = new Map<string, { image: string; shape: VmShape }>();
 
   private constructor(options: WarmImageStoreOptions) {
@@ -143,7 +143,6 @@ export class WarmImageStore implements WarmImages {
   async #findOrBuild(name: string, signal: AbortSignal): Promise<WarmImage> {
     const asked = this.#asked.get(name);
     if (asked === undefined) throw new Error("a build that nobody asked for");
-    this.#asked.delete(name);
     const { shape } = asked;
     const image = await this.#options.images.ensure(asked.image, signal);
     const key = await this.#keyOf(image, shape, signal);
