@@ -9,6 +9,9 @@ import { FakeServices } from "./testing/fake-services.ts";
 import { openTestApi } from "./testing/test-api.ts";
 import type { TestApi } from "./testing/test-api.ts";
 
+// Machines that run every suite at once are slow.
+vi.setConfig({ testTimeout: 60_000 });
+
 let api: TestApi;
 let platform: Record<string, string>;
 beforeAll(async () => {

@@ -1,7 +1,10 @@
 /** Whatever is wrong with a request, the answer says what, and the API goes on. */
-import { afterAll, afterEach, beforeAll, describe, expect, test } from "vitest";
+import { afterAll, afterEach, beforeAll, describe, expect, test, vi } from "vitest";
 import { openTestApi } from "./testing/test-api.ts";
 import type { TestApi } from "./testing/test-api.ts";
+
+// Machines that run every suite at once are slow.
+vi.setConfig({ testTimeout: 60_000 });
 
 let api: TestApi;
 let sandbox: string;

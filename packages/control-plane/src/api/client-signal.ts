@@ -7,8 +7,10 @@ export class ClientGone extends Error {
 
 export function clientSignal({ raw }: FastifyReply): AbortSignal {
   const controller = new AbortController();
-  raw.once("close", () => {
+  const end = (): void => {
     if (!raw.writableFinished) controller.abort(new ClientGone("the caller closed the connection"));
-  });
+  };
+  if (raw.destroyed) end();
+  else raw.once("close", end);
   return controller.signal;
 }

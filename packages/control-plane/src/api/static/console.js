@@ -231,7 +231,8 @@ $("read").addEventListener(
     link.href = URL.createObjectURL(blob);
     link.download = path.split("/").at(-1) || "file";
     link.click();
-    URL.revokeObjectURL(link.href);
+    // Some browsers read it only after the click.
+    setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   }),
 );
 
