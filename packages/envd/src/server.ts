@@ -10,9 +10,9 @@
 import { createServer } from "node:http";
 import type { IncomingMessage, Server, ServerResponse } from "node:http";
 import type { Socket } from "node:net";
-import { connectNodeAdapter } from "@connectrpc/connect-node";
+import { filesystem as filesystemWire, process as processWire } from "@rookery/protocol/envd";
 import { HttpError } from "./errors.ts";
-import { filesystemService } from "./filesystem/filesystem-service.ts";
+import { filesystemMethods } from "./filesystem/filesystem-service.ts";
 import { getFile, postFiles } from "./files/files-route.ts";
 import type { FilesDeps } from "./files/files-route.ts";
 import { sendJson, sendNothing } from "./http-answer.ts";
@@ -22,11 +22,11 @@ import {
   IDLE_CONNECTION_MS,
   MAX_CONNECTIONS,
   MAX_HEADER_BYTES,
-  MAX_MESSAGE_BYTES,
   MAX_TIMEOUT_MS,
 } from "./limits.ts";
 import type { MetricsReader } from "./metrics.ts";
-import { processService } from "./process/process-service.ts";
+import { ConnectServer } from "./rpc/connect-server.ts";
+import { processMethods } from "./process/process-service.ts";
 import type { ProcessDeps } from "./process/process-service.ts";
 
 /** Of a body that nobody wants any more: what is read so that its sender gets to see the answer. */
@@ -45,22 +45,9 @@ type Handler = (
 ) => Promise<void> | void;
 
 export function createEnvdServer(deps: ServerDeps): Server {
-  const rpc = connectNodeAdapter({
-    routes: (router) => {
-      processService(router, deps);
-      filesystemService(router, deps);
-    },
-    connect: true,
-    grpc: false,
-    grpcWeb: false,
-    acceptCompression: [],
-    readMaxBytes: MAX_MESSAGE_BYTES,
-    maxTimeoutMs: MAX_TIMEOUT_MS,
-    fallback: (_request, response) => {
-      response.writeHead(404, { "Content-Type": "application/json" });
-      response.end(errorBody(new HttpError(404, "no such endpoint")));
-    },
-  });
+  const rpc = new ConnectServer(deps.log);
+  rpc.add(processWire.Process, processMethods(deps));
+  rpc.add(filesystemWire.Filesystem, filesystemMethods(deps));
 
   /** These check by themselves who calls. */
   const open: Record<string, Handler> = {
@@ -88,9 +75,8 @@ export function createEnvdServer(deps: ServerDeps): Server {
     }
     const guardedHandler = guarded[route];
     if (guardedHandler !== undefined) return guardedHandler(request, response, query);
-    // The adapter makes a URL of it, and throws where nobody catches.
-    if (!URL.canParse(`http://${request.headers.host}`)) throw new HttpError(400, "bad Host header");
-    return rpc(request, response);
+    if (!rpc.has(path)) throw new HttpError(404, "no such endpoint");
+    return rpc.serve(path, request, response);
   };
 
   const server = createServer(

@@ -8,14 +8,15 @@ import { rm } from "node:fs/promises";
 import { posix } from "node:path";
 import { promisify } from "node:util";
 import { Code, ConnectError } from "@connectrpc/connect";
-import type { ConnectRouter, HandlerContext } from "@connectrpc/connect";
-import { filesystem as wire } from "@rookery/protocol/envd";
+import type { filesystem as wire } from "@rookery/protocol/envd";
 import { callerOf } from "../caller.ts";
 import type { Caller } from "../caller.ts";
 import { connectErrorOf, errnoOf } from "../errors.ts";
 import type { GuestState } from "../guest-state.ts";
 import { MAX_LIST_DEPTH } from "../limits.ts";
 import { PathError, resolvePath } from "../system/paths.ts";
+import type { ServiceMethods } from "../rpc/connect-server.ts";
+import type { RpcContext } from "../rpc/rpc-context.ts";
 import { NotADirectoryError, TooManyEntriesError, ensureDirectory, listDirectory } from "./directories.ts";
 import { readEntry } from "./entry.ts";
 import type { EntryDeps } from "./entry.ts";
@@ -24,15 +25,34 @@ export interface FilesystemDeps extends EntryDeps {
   state: GuestState;
 }
 
-export function filesystemService(router: ConnectRouter, deps: FilesystemDeps): void {
-  router.service(wire.Filesystem, {
+export function filesystemMethods(deps: FilesystemDeps): ServiceMethods<typeof wire.Filesystem> {
+  function entryOf(path: string) {
+    try {
+      return readEntry(path, deps);
+    } catch (error) {
+      throw connectErrorOf(error, `file '${path}'`);
+    }
+  }
+
+  async function list(path: string, depth: number, { signal }: RpcContext) {
+    try {
+      return await listDirectory(path, { depth, signal, users: deps.users, native: deps.native });
+    } catch (error) {
+      if (error instanceof TooManyEntriesError) {
+        throw new ConnectError(error.message, Code.ResourceExhausted);
+      }
+      throw connectErrorOf(error, `error reading directory '${path}'`);
+    }
+  }
+
+  return {
     stat: (request, context) => {
-      const path = resolve(request.path, callerOf(context.requestHeader, deps));
+      const path = resolve(request.path, callerOf(context.headers, deps));
       return { entry: entryOf(path) };
     },
 
     makeDir: (request, context) => {
-      const caller = callerOf(context.requestHeader, deps);
+      const caller = callerOf(context.headers, deps);
       const path = resolve(request.path, caller);
       let isDirectory: boolean | undefined;
       try {
@@ -51,7 +71,7 @@ export function filesystemService(router: ConnectRouter, deps: FilesystemDeps): 
     },
 
     move: async (request, context) => {
-      const caller = callerOf(context.requestHeader, deps);
+      const caller = callerOf(context.headers, deps);
       const source = resolve(request.source, caller);
       const destination = resolve(request.destination, caller);
       // Before parents are made for nothing.
@@ -70,7 +90,7 @@ export function filesystemService(router: ConnectRouter, deps: FilesystemDeps): 
     },
 
     listDir: async (request, context) => {
-      const path = resolve(request.path, callerOf(context.requestHeader, deps));
+      const path = resolve(request.path, callerOf(context.headers, deps));
       const depth = Math.max(request.depth, 1);
       if (depth > MAX_LIST_DEPTH) throw invalid(`depth must not exceed ${MAX_LIST_DEPTH}`);
       let isDirectory: boolean;
@@ -84,7 +104,7 @@ export function filesystemService(router: ConnectRouter, deps: FilesystemDeps): 
     },
 
     remove: async (request, context) => {
-      const path = resolve(request.path, callerOf(context.requestHeader, deps));
+      const path = resolve(request.path, callerOf(context.headers, deps));
       try {
         await rm(path, { recursive: true, force: true });
       } catch (error) {
@@ -106,26 +126,7 @@ export function filesystemService(router: ConnectRouter, deps: FilesystemDeps): 
     removeWatcher: () => {
       throw watchesUnimplemented();
     },
-  });
-
-  function entryOf(path: string) {
-    try {
-      return readEntry(path, deps);
-    } catch (error) {
-      throw connectErrorOf(error, `file '${path}'`);
-    }
-  }
-
-  async function list(path: string, depth: number, { signal }: HandlerContext) {
-    try {
-      return await listDirectory(path, { depth, signal, users: deps.users, native: deps.native });
-    } catch (error) {
-      if (error instanceof TooManyEntriesError) {
-        throw new ConnectError(error.message, Code.ResourceExhausted);
-      }
-      throw connectErrorOf(error, `error reading directory '${path}'`);
-    }
-  }
+  };
 }
 
 function resolve(path: string, { user, settings }: Caller): string {

@@ -6,7 +6,6 @@
  * whole process group.
  */
 import { Code, ConnectError } from "@connectrpc/connect";
-import type { ConnectRouter, HandlerContext } from "@connectrpc/connect";
 import { process as wire } from "@rookery/protocol/envd";
 import { callerOf } from "../caller.ts";
 import { connectErrorOf, errnoOf, systemMessage } from "../errors.ts";
@@ -19,12 +18,14 @@ import {
   MIN_KEEPALIVE_MS,
 } from "../limits.ts";
 import type { Users } from "../system/users.ts";
+import type { ServiceMethods } from "../rpc/connect-server.ts";
+import type { RpcContext } from "../rpc/rpc-context.ts";
 import type { ProcessTable, Selector } from "./process-table.ts";
 import { InputError, RunningProcess } from "./running-process.ts";
 import { startProgram } from "./spawn.ts";
 import type { Program, ProgramSpec, SpawnDeps } from "./spawn.ts";
 import { parseStartRequest } from "./start-request.ts";
-import type { OutputName, ProcessEnd, Subscription } from "./subscription.ts";
+import type { OutputName, ProcessEnd } from "./subscription.ts";
 
 export interface ProcessDeps extends SpawnDeps {
   state: GuestState;
@@ -40,9 +41,15 @@ type EventInit =
   | { case: "keepalive"; value: Record<string, never> };
 type Event = { event: { event: EventInit } };
 
-export function processService(router: ConnectRouter, deps: ProcessDeps): void {
+export function processMethods(deps: ProcessDeps): ServiceMethods<typeof wire.Process> {
   const { table } = deps;
-  router.service(wire.Process, {
+  const findRunning = (wanted: wire.ProcessSelector | undefined): RunningProcess => {
+    const selector = selectorOf(wanted);
+    const running = table.find(selector);
+    if (running === undefined) throw notFound(selector);
+    return running;
+  };
+  return {
     list: () => ({
       processes: Array.from(table.running(), ({ pid, facts }) => ({
         pid,
@@ -51,25 +58,25 @@ export function processService(router: ConnectRouter, deps: ProcessDeps): void {
       })),
     }),
 
-    async *start(request, context): AsyncGenerator<Event> {
-      const caller = callerOf(context.requestHeader, deps);
+    async *start(request, context) {
+      const caller = callerOf(context.headers, deps);
       const { spec, facts } = parseStartRequest(request, { ...caller, path: deps.path });
       if (table.size >= MAX_PROCESSES) {
         throw new ConnectError(`more than ${MAX_PROCESSES} processes`, Code.ResourceExhausted);
       }
-      const timeoutMs = context.timeoutMs();
       const running = new RunningProcess({
         facts,
         program: await start(spec, deps),
         native: deps.native,
-        timeoutMs: timeoutMs === undefined ? undefined : Math.min(timeoutMs, MAX_TIMEOUT_MS),
+        // Its own clock: the stream's stops when the client goes away.
+        timeoutMs: context.timeoutMs,
         onEnd: (process, end) => table.end(process, end),
       });
       table.add(running);
       yield* follow(running, context);
     },
 
-    async *connect(request, context): AsyncGenerator<Event> {
+    async *connect(request, context) {
       const selector = selectorOf(request.process);
       const running = table.find(selector);
       if (running !== undefined) {
@@ -118,14 +125,7 @@ export function processService(router: ConnectRouter, deps: ProcessDeps): void {
       findRunning(request.process).closeInput();
       return {};
     },
-  });
-
-  function findRunning(wanted: wire.ProcessSelector | undefined): RunningProcess {
-    const selector = selectorOf(wanted);
-    const running = table.find(selector);
-    if (running === undefined) throw notFound(selector);
-    return running;
-  }
+  };
 }
 
 async function start(spec: ProgramSpec, deps: SpawnDeps): Promise<Program> {
@@ -151,42 +151,30 @@ function reasonOf(error: unknown): string {
 }
 
 /** `start`, the output, `end`; keepalives while it is silent. */
-async function* follow(running: RunningProcess, context: HandlerContext): AsyncGenerator<Event> {
+async function* follow(running: RunningProcess, context: RpcContext): AsyncGenerator<Event> {
   if (running.subscribers >= MAX_SUBSCRIBERS) {
     throw new ConnectError(`more than ${MAX_SUBSCRIBERS} streams on one process`, Code.ResourceExhausted);
   }
-  const keepaliveMs = keepaliveOf(context.requestHeader);
+  const keepaliveMs = keepaliveOf(context.headers["keepalive-ping-interval"]);
   const subscription = running.subscribe();
   try {
     yield eventOf({ case: "start", value: { pid: running.pid } });
-    yield* events(running, subscription, keepaliveMs, context.signal);
+    for (;;) {
+      const event = subscription.shift();
+      if (event === undefined) {
+        if (context.signal.aborted) throw abortError(running, context.signal);
+        const timedOut = await subscription.wait(keepaliveMs, context.signal);
+        if (timedOut) yield eventOf({ case: "keepalive", value: {} });
+      } else if (event.kind === "output") {
+        yield eventOf({ case: "data", value: { output: { case: event.from, value: event.data } } });
+      } else {
+        if (running.timedOut) throw deadlineExceeded();
+        yield eventOf({ case: "end", value: event.end });
+        return;
+      }
+    }
   } finally {
     running.unsubscribe(subscription);
-  }
-}
-
-async function* events(
-  running: RunningProcess,
-  subscription: Subscription,
-  keepaliveMs: number,
-  signal: AbortSignal,
-): AsyncGenerator<Event> {
-  for (;;) {
-    const event = subscription.shift();
-    if (event === undefined) {
-      if (signal.aborted) throw abortError(running, signal);
-      const waitedFrom = performance.now();
-      await subscription.wait(keepaliveMs, signal);
-      if (!signal.aborted && performance.now() - waitedFrom >= keepaliveMs) {
-        yield eventOf({ case: "keepalive", value: {} });
-      }
-    } else if (event.kind === "output") {
-      yield eventOf({ case: "data", value: { output: { case: event.from, value: event.data } } });
-    } else {
-      if (running.timedOut) throw deadlineExceeded();
-      yield eventOf({ case: "end", value: event.end });
-      return;
-    }
   }
 }
 
@@ -232,8 +220,8 @@ function notFound(selector: Selector): ConnectError {
   return new ConnectError(`process with ${selector.case} ${selector.value} not found`, Code.NotFound);
 }
 
-function keepaliveOf(headers: Headers): number {
-  const seconds = Number(headers.get("keepalive-ping-interval") ?? Number.NaN);
+function keepaliveOf(header: string | string[] | undefined): number {
+  const seconds = Number(header);
   if (!(seconds > 0)) return DEFAULT_KEEPALIVE_MS;
   return Math.min(Math.max(seconds * 1000, MIN_KEEPALIVE_MS), MAX_TIMEOUT_MS);
 }

@@ -284,9 +284,8 @@ describe.each([
 
   test("output that nobody takes stops the process, not envd", async () => {
     const client = connect(binary);
-    const stream = client
-      .start({ process: { cmd: "cat", args: ["/dev/zero"] }, tag: `flood-${binary}` })
-      [Symbol.asyncIterator]();
+    const events = client.start({ process: { cmd: "cat", args: ["/dev/zero"] }, tag: `flood-${binary}` });
+    const stream = events[Symbol.asyncIterator]();
     await stream.next();
     const residentKib = () =>
       Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${envd.pid}/status`, "utf8"))?.[1]);

@@ -55,19 +55,20 @@ export class Subscription {
     return event;
   }
 
-  /** Resolves when an event is there, when `ms` have passed, or when `signal` aborts. */
-  async wait(ms: number, signal: AbortSignal): Promise<void> {
-    if (this.#events.length > 0 || signal.aborted) return;
-    await new Promise<void>((resolve) => {
-      const done = () => {
+  /** Resolves when an event is there or `signal` aborts, with false; or when `ms` have passed, with true. */
+  wait(ms: number, signal: AbortSignal): Promise<boolean> {
+    if (this.#events.length > 0 || signal.aborted) return Promise.resolve(false);
+    return new Promise((resolve) => {
+      const finish = (timedOut: boolean): void => {
         clearTimeout(timer);
-        signal.removeEventListener("abort", done);
+        signal.removeEventListener("abort", wake);
         this.#wake = undefined;
-        resolve();
+        resolve(timedOut);
       };
-      const timer = setTimeout(done, ms);
-      signal.addEventListener("abort", done);
-      this.#wake = done;
+      const wake = (): void => finish(false);
+      const timer = setTimeout(() => finish(true), ms);
+      signal.addEventListener("abort", wake);
+      this.#wake = wake;
     });
   }
 }
