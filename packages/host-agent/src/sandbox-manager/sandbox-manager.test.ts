@@ -66,7 +66,7 @@ test("a sandbox goes through its whole life and leaves nothing", async () => {
   expect(await manager.pause(operationOf(A, 2))).toMatchObject({ phase: "paused" });
   expect(machine.processes.all()).toEqual([]);
   expect(await manager.resume(operationOf(A, 3))).toMatchObject({ phase: "running" });
-  expect(guestOf(machine, entry).guest).toMatchObject({ runs: 2, memory: { counter: "7", sandboxId: A } });
+  expect(guestOf(machine, entry).guest).toMatchObject({ runs: 3, memory: { counter: "7", sandboxId: A } });
 
   await manager.createSnapshot(operationOf(A, 3), SNAP, "team-1");
   await manager.create(specOf(B, { source: { kind: "snapshot", snapshotId: SNAP } }), operationOf(B, 1));
@@ -234,5 +234,5 @@ test("a resume whose guest does not answer goes back to paused, with what the gu
   broken = false;
   await manager.resume(operationOf(A, 4));
   // Twice it began to run after the pause: nothing was lost, and disk and memory fit.
-  expect(guestOf(machine, core.sandboxes.get(A)).guest.runs).toBe(3);
+  expect(guestOf(machine, core.sandboxes.get(A)).guest.runs).toBe(4);
 });

@@ -57,10 +57,14 @@ export class SandboxManager implements SandboxOperations {
     return this.#core.pool.places;
   }
 
-  /** Warm images that a sandbox or snapshot cannot do without. */
+  /** Warm images that a sandbox, a snapshot or the pool cannot do without. */
   warmKeysInUse(): Set<WarmKey> {
-    const keys = [...this.#core.sandboxes.values()].flatMap(({ record }) => record.warmKey ?? []);
-    return new Set([...keys, ...[...this.#core.snapshots.values()].map(({ warmKey }) => warmKey)]);
+    const { sandboxes, snapshots, pool } = this.#core;
+    return new Set([
+      ...[...sandboxes.values()].flatMap(({ record }) => record.warmKey ?? []),
+      ...[...snapshots.values()].map(({ warmKey }) => warmKey),
+      ...(pool.keptKey === undefined ? [] : [pool.keptKey]),
+    ]);
   }
 
   async create(spec: SandboxSpec, operation: Operation): Promise<SandboxView> {

@@ -47,6 +47,8 @@ export interface SimulatedProcess {
   state: Exclude<VmState, "exited">;
   guest: SimulatedGuest;
   disk: DiskAttachment;
+  /** A clone is thawed once, also when that failed. */
+  thawBegun: boolean;
   /** It was given a disk that its memory does not fit. */
   corrupt: boolean;
 }
@@ -84,6 +86,7 @@ const layerManifestSchema = z.object({
   pageBytes: z.number().int(),
 });
 const PAGE_BYTES = 4096;
+const BASE_FILE = "memory.base";
 
 export function memoryProcessTable(): ProcessTable {
   const byPid = new Map<number, SimulatedProcess>();
@@ -106,7 +109,7 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
   };
   const start = async (
     place: VmPlace,
-    facts: Pick<SimulatedProcess, "shape" | "baseSha256" | "state" | "disk">,
+    facts: Pick<SimulatedProcess, "shape" | "baseSha256" | "state" | "disk" | "guest">,
   ): Promise<SimulatedVm> => {
     let pid: number;
     do pid = 2 + Math.floor(host.random() * 4_000_000);
@@ -116,7 +119,7 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
       pid,
       startTime: String(Math.floor(host.random() * 2 ** 40)),
       place,
-      guest: { memory: {}, runs: 0 },
+      thawBegun: false,
       corrupt: false,
     });
     return new SimulatedVm(host, pid);
@@ -133,7 +136,8 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
     },
     async boot({ place, shape, disk }, signal) {
       await host.pause("boot", signal);
-      const vm = await start(place, { shape, baseSha256: undefined, state: "running", disk });
+      const guest = { memory: {}, runs: 0 };
+      const vm = await start(place, { shape, baseSha256: undefined, state: "running", disk, guest });
       beginToRun(host, vm.process());
       return vm;
     },
@@ -141,8 +145,10 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
       if (base.fingerprint !== host.fingerprint) {
         throw new RookeryError("host_error", "the warm image was made by another VMM");
       }
+      const guest = await readBase(base);
       await host.pause("spawn", signal);
-      return await start(place, { shape: base.shape, baseSha256: base.memorySha256, state: "waiting", disk });
+      const { shape, memorySha256: baseSha256 } = base;
+      return await start(place, { shape, baseSha256, state: "waiting", disk, guest });
     },
     async adopt(place, record) {
       const found = host.processes.get(record.pid);
@@ -207,34 +213,36 @@ class SimulatedVm implements Vm {
     options: { disk?: DiskAttachment; growDiskToBytes?: number; layer?: MemoryLayer },
     signal: AbortSignal,
   ): Promise<void> {
-    this.#expect("waiting");
-    let guest: SimulatedGuest = { memory: {}, runs: 0 };
-    if (options.layer !== undefined) guest = await this.#readLayer(options.layer);
+    this.#expect("waiting", signal);
+    if (this.process().thawBegun) throw new RookeryError("wrong_state", "the VM was thawed before");
+    this.#host.processes.set({ ...this.process(), thawBegun: true });
+    const layer = options.layer === undefined ? undefined : await this.#readLayer(options.layer);
     await this.#host.pause("thaw", signal);
     const process = this.process();
     process.disk = options.disk ?? process.disk;
     if (options.growDiskToBytes !== undefined) {
       process.disk = { ...process.disk, sizeBytes: options.growDiskToBytes };
     }
-    // A fresh clone's memory is the base's, which has run as often as the image's disk says.
-    if (options.layer === undefined) guest.runs = readRuns(this.#host, process) ?? 0;
-    process.guest = guest;
+    process.guest = layer ?? process.guest;
     beginToRun(this.#host, process);
   }
 
   async freeze(signal: AbortSignal): Promise<void> {
-    this.#expect("running");
+    this.#expect("running", signal);
     await this.#host.pause("freeze", signal);
     this.#host.processes.set({ ...this.process(), state: "frozen" });
   }
 
-  async unfreeze(_signal: AbortSignal): Promise<void> {
-    this.#expect("frozen");
+  async unfreeze(signal: AbortSignal): Promise<void> {
+    this.#expect("frozen", signal);
+    if (this.process().baseSha256 === undefined) {
+      throw new RookeryError("wrong_state", "what became a base does not go on");
+    }
     this.#host.processes.set({ ...this.process(), state: "running" });
   }
 
-  async captureLayer(_signal: AbortSignal): Promise<LayerCapture> {
-    this.#expect("frozen");
+  async captureLayer(signal: AbortSignal): Promise<LayerCapture> {
+    this.#expect("frozen", signal);
     const { guest, baseSha256 } = this.process();
     if (baseSha256 === undefined) throw new RookeryError("wrong_state", "it stands on no memory base");
     const text = JSON.stringify(guest);
@@ -248,29 +256,30 @@ class SimulatedVm implements Vm {
         await writeFileAtomic(join(dir, "guest.json"), text, { sync: false });
         const manifest = { version: 1, baseSha256, fingerprint, guestSha256: sha256(text), pageBytes };
         await writeFileAtomic(join(dir, "manifest.json"), JSON.stringify(manifest), { sync: false });
-        return { dir, pageBytes, allocatedBytes: 2 * PAGE_BYTES };
+        return { dir, pageBytes, allocatedBytes: pageBytes + PAGE_BYTES };
       },
     };
   }
 
-  async switchDiskTop(next: DiskAttachment, _signal: AbortSignal): Promise<void> {
-    this.#expect("frozen");
+  async switchDiskTop(next: DiskAttachment, signal: AbortSignal): Promise<void> {
+    this.#expect("frozen", signal);
     this.#host.processes.set({ ...this.process(), disk: next });
   }
 
-  async saveBase(dir: string, _signal: AbortSignal): Promise<MemoryBase> {
-    this.#expect("frozen");
+  async saveBase(dir: string, signal: AbortSignal): Promise<MemoryBase> {
+    this.#expect("frozen", signal);
     const { baseSha256, guest, shape } = this.process();
     if (baseSha256 !== undefined)
       throw new RookeryError("wrong_state", "only a cold-booted VM becomes a base");
     const text = JSON.stringify(guest);
     await mkdir(dir, { recursive: true });
-    await writeFileAtomic(join(dir, "memory.base"), text, { sync: false });
+    await writeFileAtomic(join(dir, BASE_FILE), text, { sync: false });
     const { fingerprint } = this.#host;
     return { dir, shape, memorySha256: sha256(text), deviceStateSha256: sha256(""), fingerprint };
   }
 
-  async ping(_signal: AbortSignal): Promise<void> {
+  async ping(signal: AbortSignal): Promise<void> {
+    signal.throwIfAborted();
     if (this.state === "exited") throw new RookeryError("timeout", "the VMM does not answer");
   }
 
@@ -281,8 +290,8 @@ class SimulatedVm implements Vm {
   }
 
   async #readLayer(layer: MemoryLayer): Promise<SimulatedGuest> {
-    const manifest = await readJson(join(layer.dir, "manifest.json"), layerManifestSchema);
-    const text = await readFile(join(layer.dir, "guest.json"), "utf8");
+    const manifest = await readOrRefuse(readJson(join(layer.dir, "manifest.json"), layerManifestSchema));
+    const text = await readOrRefuse(readFile(join(layer.dir, "guest.json"), "utf8"));
     if (
       manifest.guestSha256 !== sha256(text) ||
       manifest.baseSha256 !== this.process().baseSha256 ||
@@ -293,8 +302,25 @@ class SimulatedVm implements Vm {
     return guestSchema.parse(JSON.parse(text));
   }
 
-  #expect(state: VmState): void {
+  #expect(state: VmState, signal: AbortSignal): void {
+    signal.throwIfAborted();
     if (this.state !== state) throw new RookeryError("wrong_state", `the VM is ${this.state}, not ${state}`);
+  }
+}
+
+async function readBase(base: MemoryBase): Promise<SimulatedGuest> {
+  const text = await readOrRefuse(readFile(join(base.dir, BASE_FILE), "utf8"));
+  if (sha256(text) !== base.memorySha256) {
+    throw new RookeryError("host_error", "the warm image is not what its manifest says");
+  }
+  return guestSchema.parse(JSON.parse(text));
+}
+
+async function readOrRefuse<T>(reading: Promise<T>): Promise<T> {
+  try {
+    return await reading;
+  } catch (cause) {
+    throw new RookeryError("host_error", "what the VM was to be made of cannot be read", { cause });
   }
 }
 

@@ -58,7 +58,13 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
   const socketRoot = join(root, "sockets");
   const imagePath = join(root, "image.raw");
   mkdirSync(root, { recursive: true });
-  if (!existsSync(imagePath)) writeFileSync(imagePath, "0");
+  // The template ran once, as its memory and its disk say.
+  const baseMemory = JSON.stringify({ memory: {}, runs: 1 });
+  if (!existsSync(imagePath)) {
+    writeFileSync(imagePath, "1");
+    mkdirSync(join(root, "warm"));
+    writeFileSync(join(root, "warm", "memory.base"), baseMemory);
+  }
   const processes = directoryProcessTable(join(hostDir, "processes"));
   const vmm = openSimulatedVmm({ processes, random, guestWritesDisk: true });
   const warm: WarmImage = {
@@ -66,7 +72,7 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
     base: {
       dir: join(root, "warm"),
       shape: { vcpus: 1, memoryMb: 512 },
-      memorySha256: "base",
+      memorySha256: createHash("sha256").update(baseMemory).digest("hex"),
       deviceStateSha256: "state",
       fingerprint: "simulated-1",
     },

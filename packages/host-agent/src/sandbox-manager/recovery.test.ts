@@ -1,0 +1,117 @@
+import { rmSync, writeFileSync } from "node:fs";
+import { join } from "node:path";
+import { afterEach, beforeEach, expect, test } from "vitest";
+import type { HostEvent } from "./sandbox.ts";
+import { openCore } from "./index.ts";
+import { destroyEverything, expectNothingLeaked, expectOldIntact } from "./testing/expectations.ts";
+import { NEW, OLD, SCENARIOS, type Stage } from "./testing/scenarios.ts";
+import { newRoot, openSimulatedMachine, operationOf, specOf } from "./testing/simulated-machine.ts";
+
+let root: string;
+const opened: Stage[] = [];
+
+beforeEach(() => {
+  root = newRoot();
+});
+afterEach(async () => {
+  for (const { manager } of opened.splice(0)) await manager.close();
+  rmSync(root, { recursive: true, force: true });
+});
+
+async function start(bootId = "boot-1"): Promise<Stage> {
+  const machine = openSimulatedMachine(root, { bootId, config: { retryIntervalMs: 3_600_000 } });
+  const stage = { machine, ...(await openCore(machine.deps)) };
+  opened.push(stage);
+  return stage;
+}
+
+async function eventsOf({ manager }: Stage): Promise<HostEvent[]> {
+  const { signal } = new AbortController();
+  return await Array.fromAsync(manager.events.read({ after: 0n, follow: false, signal }));
+}
+
+const prepare = (name: string) => SCENARIOS.find((scenario) => scenario.name === name)!.prepare;
+
+test("an agent that is started again has all its sandboxes", async () => {
+  const first = await start();
+  await prepare("create")(first);
+  await first.manager.create(specOf(NEW), operationOf(NEW, 1));
+  await first.manager.pause(operationOf(NEW, 2));
+  const second = await start();
+  expect((await second.manager.list({ limit: 10 })).items).toMatchObject([
+    { id: NEW, phase: "paused", generation: 2n },
+    { id: OLD, phase: "running", generation: 1n },
+  ]);
+  await expectOldIntact(second);
+  expect(await second.manager.pause(operationOf(NEW, 2))).toMatchObject({ phase: "paused" });
+  await expect(second.manager.resume(operationOf(NEW, 1))).rejects.toMatchObject({
+    code: "stale_generation",
+  });
+  expect(await eventsOf(second)).toEqual([]);
+});
+
+test("after a restart of the host what ran has failed, and what was paused can be resumed", async () => {
+  const first = await start();
+  await prepare("resume")(first);
+  await first.manager.create(specOf(NEW), operationOf(NEW, 1));
+  for (const { pid } of first.machine.processes.all()) first.machine.processes.delete(pid);
+  const second = await start("boot-2");
+  expect(await second.manager.get(NEW)).toMatchObject({ phase: "failed", exit: { code: "host_restarted" } });
+  expect(await eventsOf(second)).toMatchObject([
+    { sandboxId: NEW, kind: "failed", reason: "host_restarted" },
+  ]);
+  await expectOldIntact(second);
+  expectNothingLeaked(second);
+  await destroyEverything(second);
+});
+
+test("a record that cannot be read is set aside, and the others are not harmed by it", async () => {
+  const first = await start();
+  await prepare("create from a snapshot")(first);
+  await first.manager.create(specOf(NEW), operationOf(NEW, 1));
+  writeFileSync(join(root, "data", "sandboxes", NEW, "sandbox.json"), "{");
+  const second = await start();
+  await expect(second.manager.get(NEW)).rejects.toMatchObject({ code: "not_found" });
+  expectNothingLeaked(second);
+  await expectOldIntact(second);
+});
+
+test("a resume that the power cut is not tried again from a layer whose disk may have moved on", async () => {
+  const first = await start();
+  await prepare("resume")(first);
+  first.machine.deps.failpoints.arm("resume.thaw.after", "halt", 1);
+  void first.manager.resume(operationOf(OLD, 3));
+  await first.machine.deps.failpoints.halted;
+  for (const { pid } of first.machine.processes.all()) first.machine.processes.delete(pid);
+  opened.pop(); // it never ends
+  const second = await start("boot-2");
+  expect(await second.manager.get(OLD)).toMatchObject({ phase: "failed", exit: { code: "host_restarted" } });
+  expectNothingLeaked(second);
+});
+
+test("a VM that died in a resume before its guest ran leaves the sandbox paused", async () => {
+  const first = await start();
+  await prepare("resume")(first);
+  first.machine.deps.failpoints.arm("resume.thaw.before", "halt", 1);
+  void first.manager.resume(operationOf(OLD, 3));
+  await first.machine.deps.failpoints.halted;
+  for (const { pid } of first.machine.processes.all()) first.machine.processes.delete(pid);
+  opened.pop(); // it never ends
+  const second = await start();
+  expect(await second.manager.get(OLD)).toMatchObject({ phase: "paused" });
+  await expect(second.manager.resume(operationOf(OLD, 3))).rejects.toMatchObject({ code: "host_error" });
+  await expectOldIntact(second);
+});
+
+test("a VM that died after its guest ran in a resume is not brought back", async () => {
+  const first = await start();
+  await prepare("resume")(first);
+  first.machine.deps.failpoints.arm("resume.thaw.after", "halt", 1);
+  void first.manager.resume(operationOf(OLD, 3));
+  await first.machine.deps.failpoints.halted;
+  for (const { pid } of first.machine.processes.all()) first.machine.processes.delete(pid);
+  opened.pop(); // it never ends
+  const second = await start();
+  expect(await second.manager.get(OLD)).toMatchObject({ phase: "failed", exit: { code: "vmm_exited" } });
+  expectNothingLeaked(second);
+});
