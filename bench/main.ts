@@ -51,7 +51,7 @@ const product = new Product({
   dataDir,
   port: await freePort(),
   agentPort: await freePort(),
-  env: { ROOKERY_POOL: String(POOL), ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "images") },
+  env: { ROOKERY_POOL: String(POOL), ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "test", "images") },
 });
 try {
   await product.up();

@@ -17,7 +17,7 @@ export default async function setup(project: TestProject): Promise<() => Promise
     port: await freePort(),
     agentPort: await freePort(),
     env: {
-      ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "images"),
+      ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "test", "images"),
       ROOKERY_HEARTBEAT_MS: "1000",
       ROOKERY_TEST: "1",
     },

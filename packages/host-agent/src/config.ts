@@ -31,6 +31,8 @@ const environmentSchema = z.object({
     .min(1)
     .default("/var/lib/rookery/agent")
     .transform((text) => resolve(text)),
+  /** Guest images, when agents of this machine are to share them; same file system as the data. */
+  ROOKERY_IMAGE_DIR: path.optional(),
   /** Sockets: short, since their paths end at 107 bytes. */
   ROOKERY_RUNTIME_DIR: path.optional(),
   ROOKERY_AGENT_ADDRESS: z.string().default("127.0.0.1:7071"),
@@ -114,6 +116,7 @@ export function readConfig(
 
   return Object.freeze({
     dataDir,
+    imagesDir: env.ROOKERY_IMAGE_DIR ?? join(dataDir, "images"),
     instance,
     runtimeDir: env.ROOKERY_RUNTIME_DIR ?? `/run/rookery-${instance}/agent`,
     listen: parseAddress(env.ROOKERY_AGENT_ADDRESS),

@@ -154,7 +154,7 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
 /** The image store alone: what `image build` and `image list` need. */
 export function openImages(config: Config, onProgress: (event: ImageProgress) => void): Promise<ImageStore> {
   return openImageStore({
-    dataDir: config.dataDir,
+    imagesDir: config.imagesDir,
     guestFilesDir: config.guestFilesDir,
     envdBundleDir: config.envdBundleDir,
     nodeBinary: config.guestNode,

@@ -24,7 +24,10 @@ beforeAll(async () => {
   await testImage(AbortSignal.timeout(290_000));
   // Beside the shared one: hard links do not leave a file system.
   dataDir = await mkdtemp(join(TEST_DATA_DIR, "store-"));
-  options = { ...(await testImageStoreOptions(dataDir)), onProgress: (event) => events.push(event) };
+  options = {
+    ...(await testImageStoreOptions(join(dataDir, "images"))),
+    onProgress: (event) => events.push(event),
+  };
   const bundle = join(dataDir, "envd");
   await cp(options.envdBundleDir, bundle, { recursive: true });
   await removeTree(options.envdBundleDir);

@@ -50,7 +50,8 @@ const BUILD_PREFIX = ".build-";
 const STAGE_PREFIX = ".stage-";
 
 export interface ImageStoreOptions {
-  dataDir: string;
+  /** Holds images by their hash, and stages of builds. Hard links lead from it to the VMMs' directories: same file system. */
+  imagesDir: string;
   /** packages/guest-image. */
   guestFilesDir: string;
   /** envd.mjs and what it loads: becomes part of /usr/lib/rookery in the guest. */
@@ -82,7 +83,7 @@ interface ImageInputs {
 }
 
 export async function openImageStore(options: ImageStoreOptions): Promise<ImageStore> {
-  const imagesDir = join(options.dataDir, "images");
+  const { imagesDir } = options;
   await mkdir(imagesDir, { recursive: true });
   const store = new DirectoryImageStore(options, imagesDir);
   return {

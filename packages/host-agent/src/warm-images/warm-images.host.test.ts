@@ -6,17 +6,17 @@ import { join } from "node:path";
 import { afterAll, afterEach, beforeAll, describe, test } from "vitest";
 import { EnvdClient } from "../guest/envd-client.ts";
 import type { GuestImage } from "../image/guest-image.ts";
-import { findTestImage } from "../vmm/testing/guest-image.ts";
+import { guestForTests } from "../vmm/testing/guest-image.ts";
 import { openQemuTestBed, type QemuTestBed } from "../vmm/testing/qemu-test-bed.ts";
 import type { Vm } from "../vmm/vmm.ts";
 import type { WarmKey } from "../ids.ts";
 import type { WarmProgress } from "./build-warm-image.ts";
 import { WarmImageStore } from "./warm-image-store.ts";
 
-const image = await findTestImage();
+const image = await guestForTests();
 const SHAPE = { vcpus: 1, memoryMb: 512 };
 
-describe.skipIf(image === undefined)("warm images (skipped without a guest image)", () => {
+describe("warm images", () => {
   let bed: QemuTestBed;
   const guest = new EnvdClient();
   const inUse = new Set<WarmKey>();
@@ -57,7 +57,6 @@ describe.skipIf(image === undefined)("warm images (skipped without a guest image
       },
     });
   const guestImage = (): GuestImage => {
-    assert.ok(image);
     const [disk] = bed.image.chain;
     assert.ok(disk);
     return {
@@ -73,7 +72,6 @@ describe.skipIf(image === undefined)("warm images (skipped without a guest image
   };
 
   beforeAll(async () => {
-    assert.ok(image);
     bed = await openQemuTestBed(image);
   });
   afterEach(async () => {

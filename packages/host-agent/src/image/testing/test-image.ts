@@ -16,12 +16,12 @@ const KEEP_OLD_MS = 3_600_000;
 export const TEST_DATA_DIR = join(REPOSITORY_DIR, ".rookery/test");
 
 /** All but the progress callback, for tests that open a store of their own. */
-export async function testImageStoreOptions(dataDir: string): Promise<ImageStoreOptions> {
+export async function testImageStoreOptions(imagesDir: string): Promise<ImageStoreOptions> {
   // One folder per process: another suite may be reading what we would overwrite.
   const envdBundleDir = join(TEST_DATA_DIR, `envd-${process.pid}`);
   await buildEnvd(envdBundleDir);
   return {
-    dataDir,
+    imagesDir,
     envdBundleDir,
     guestFilesDir: join(REPOSITORY_DIR, "packages/guest-image"),
     nodeBinary: process.execPath,
@@ -31,7 +31,7 @@ export async function testImageStoreOptions(dataDir: string): Promise<ImageStore
 }
 
 export async function testImage(signal: AbortSignal): Promise<GuestImage> {
-  const options = await testImageStoreOptions(TEST_DATA_DIR);
+  const options = await testImageStoreOptions(join(TEST_DATA_DIR, "images"));
   try {
     const store = await openImageStore(options);
     const image = await store.ensure("base", signal);

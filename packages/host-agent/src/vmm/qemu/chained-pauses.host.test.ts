@@ -8,21 +8,20 @@
 import assert from "node:assert/strict";
 import { afterAll, beforeAll, describe, test } from "vitest";
 import { run } from "../../host/run.ts";
-import { findTestImage } from "../testing/guest-image.ts";
+import { guestForTests } from "../testing/guest-image.ts";
 import { openQemuTestBed, type QemuTestBed } from "../testing/qemu-test-bed.ts";
 import { TestSandboxes } from "../testing/test-sandboxes.ts";
 
-const image = await findTestImage();
+const image = await guestForTests();
 const ROUNDS = process.env["ROOKERY_LONG"] === "1" ? 25 : 5;
 /** What the guest's programs dirty afresh in each round. */
 const ROUND_BYTES = 700_000;
 const MIB = 1 << 20;
 
-describe.skipIf(image === undefined)("chained pauses (skipped without a guest image)", () => {
+describe("chained pauses", () => {
   let bed: QemuTestBed;
   let sandboxes: TestSandboxes;
   beforeAll(async () => {
-    assert.ok(image);
     bed = await openQemuTestBed(image);
     sandboxes = await TestSandboxes.open(bed);
   });
