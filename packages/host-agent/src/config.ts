@@ -118,6 +118,8 @@ export function readConfig(
     dataDir,
     imagesDir: env.ROOKERY_IMAGE_DIR ?? join(dataDir, "images"),
     instance,
+    /** All VMMs' cgroups are below this one. */
+    cgroup: `rookery-${instance}`,
     runtimeDir: env.ROOKERY_RUNTIME_DIR ?? `/run/rookery-${instance}/agent`,
     listen: parseAddress(env.ROOKERY_AGENT_ADDRESS),
     controlPlaneUrl: env.ROOKERY_CONTROL_PLANE,

@@ -19,6 +19,8 @@ import { hostProbes } from "./doctor/host-probes.ts";
 import { renderDiagnosis } from "./doctor/render.ts";
 import { driverProbes, openDrivers } from "./drivers.ts";
 import { instanceTagOf } from "./guest-network/slots.ts";
+import { removeTree } from "./host/atomic-file.ts";
+import { removeCgroup } from "./host/cgroup.ts";
 import { openAgent, openImages } from "./open-agent.ts";
 import { serve } from "./serve.ts";
 
@@ -86,19 +88,18 @@ const actions: Actions = {
 async function destroyAll(settings: Config, logger: Logger): Promise<{ sandbox: string; message: string }[]> {
   const { signal } = stop;
   let failures;
-  let network;
   {
-    await using agent = await openAgent({
-      config: settings,
-      logger,
-      seize: { graceMs: SEIZE_GRACE_MS },
-      signal,
-    });
-    ({ network } = agent);
+    const seize = { graceMs: SEIZE_GRACE_MS };
+    await using agent = await openAgent({ config: settings, logger, seize, signal });
     failures = await agent.manager.destroyAll();
   }
-  // Only now is no lease up.
-  if (failures.length === 0) await network.restoreHost?.(signal);
+  if (failures.length === 0) {
+    // What all VMs shared, now that there is none; of every driver, since another one may be chosen today.
+    const { network } = await openDrivers(settings, await instanceTagOf(settings.dataDir));
+    for (const driver of network) await driver.restoreHost?.(signal);
+    await removeCgroup(settings.cgroup, signal);
+    await removeTree(settings.runtimeDir);
+  }
   return failures.map(({ id, error }) => ({ sandbox: id, message: error.message }));
 }
 

@@ -108,7 +108,7 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
         ...MANAGER_DEFAULTS,
         dataDir,
         socketRoot: config.runtimeDir,
-        cgroupPrefix: `rookery-${config.instance}/`,
+        cgroupPrefix: `${config.cgroup}/`,
         uidBase: isRoot ? (config.uidBase ?? firstUid(tag)) : undefined,
         maxSlots: config.maxSlots,
         pool: { ...MANAGER_DEFAULTS.pool, size: config.poolSize },

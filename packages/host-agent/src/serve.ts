@@ -51,7 +51,7 @@ export async function serve(
   });
   try {
     const client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS });
-    const reach = (name: string): void => failpoints.reach(name);
+    const reach = (name: string): void | Promise<void> => failpoints.reach(name);
     if (config.registrationToken !== undefined) {
       const host = await describeHost(agent, config, { address: server.address, version: options.version });
       await registerHost(

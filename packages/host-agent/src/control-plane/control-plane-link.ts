@@ -43,7 +43,7 @@ export interface LinkDeps {
   /** Pauses all that runs; goes on past failures and reports them itself. Nothing to do when nothing runs. */
   pauseAll: () => Promise<void>;
   /** Failpoint, by its name. */
-  reach: (name: string) => void;
+  reach: (name: string) => void | Promise<void>;
 }
 
 export class ControlPlaneLink {
@@ -144,7 +144,7 @@ export class ControlPlaneLink {
 
   async #refresh(credentials: Credentials, signal: AbortSignal): Promise<Credentials> {
     const { client, store, reach } = this.#deps;
-    reach("refresh.request.before");
+    await reach("refresh.request.before");
     let tokens;
     try {
       tokens = await client.refresh(credentials.refreshToken, signal);
@@ -152,11 +152,11 @@ export class ControlPlaneLink {
       if (cause instanceof TokenRefused) throw new RefreshRefused(cause.message, { cause });
       throw cause;
     }
-    reach("refresh.request.after");
+    await reach("refresh.request.after");
     const next = { ...credentials, ...tokens };
-    reach("refresh.store.before");
+    await reach("refresh.store.before");
     await store.replace(next);
-    reach("refresh.store.after");
+    await reach("refresh.store.after");
     return next;
   }
 

@@ -16,7 +16,7 @@ export interface RegisterDeps {
   store: CredentialStore;
   controlPlaneUrl: string;
   /** Failpoint, by its name. */
-  reach: (name: string) => void;
+  reach: (name: string) => void | Promise<void>;
 }
 
 /** Does nothing when the store's credentials came from this very token. */
@@ -30,11 +30,11 @@ export async function registerHost(
   if (store.current?.registeredWith === registeredWith) return;
   const { publicKey, privateKey } = generateKeyPairSync("ed25519");
   const spki = publicKey.export({ format: "der", type: "spki" }).toString("base64");
-  reach("register.request.before");
+  await reach("register.request.before");
   const answer = await client.register(token, { ...host, publicKey: spki }, signal);
-  reach("register.request.after");
+  await reach("register.request.after");
   publicKeyOf(answer.control_plane_key); // a key that can't verify anything would lock everyone out: fail here
-  reach("register.store.before");
+  await reach("register.store.before");
   await store.replace({
     version: 1,
     controlPlaneUrl,
@@ -46,5 +46,5 @@ export async function registerHost(
     privateKey: privateKey.export({ format: "der", type: "pkcs8" }).toString("base64"),
     registeredWith,
   });
-  reach("register.store.after");
+  await reach("register.store.after");
 }

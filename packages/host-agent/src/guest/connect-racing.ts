@@ -9,12 +9,19 @@
  */
 import { connect as connectTcp } from "node:net";
 import type { Socket } from "node:net";
-import { RookeryError } from "@rookery/protocol/errors";
 
 /** Pause before each further attempt while the earlier ones hang. The sum passes any `connectMs`. */
-const STAGGER_MS = [15, 30, 60, 120, 240, 480, 960, 1_920, 3_840];
-/** Pause after a refusal: the guest's stack lives, so the next try costs little. */
+const STAGGER_MS = [20, 40, 80, 160, 320, 640, 1_280, 2_560];
+/** Least pause after a refusal. */
 const RETRY_REFUSED_MS = 5;
+/** A guest that boots refuses for seconds, and each try costs it something: the pause is this part of the time so far. */
+const RETRY_REFUSED_PART = 0.05;
+const RETRY_REFUSED_MAX_MS = 100;
+
+/** The guest was not reached in time. */
+export class NoConnection extends Error {
+  override readonly name = "NoConnection";
+}
 
 /** Calls back once. Nothing is left open but the socket handed over. */
 export function connectRacing(
@@ -24,6 +31,7 @@ export function connectRacing(
   const open = new Set<Socket>();
   let lastError: Error | undefined;
   let started = 0;
+  const startedAt = performance.now();
   let next: NodeJS.Timeout | undefined;
 
   const finish = (error: Error | null, winner: Socket | null): void => {
@@ -34,10 +42,7 @@ export function connectRacing(
     callback(error, winner);
   };
   const deadline = setTimeout(() => {
-    finish(
-      new RookeryError("guest_error", "The sandbox's guest takes no connections", { cause: lastError }),
-      null,
-    );
+    finish(new NoConnection("the guest takes no connections", { cause: lastError }), null);
   }, target.timeoutMs);
 
   const attempt = (): void => {
@@ -51,7 +56,9 @@ export function connectRacing(
       // A loser of the race, destroyed by `finish`, has nothing more to say.
       if (!open.delete(socket)) return;
       lastError = error;
-      if (open.size === 0) schedule(RETRY_REFUSED_MS);
+      if (open.size > 0) return;
+      const pauseMs = (performance.now() - startedAt) * RETRY_REFUSED_PART;
+      schedule(Math.min(Math.max(pauseMs, RETRY_REFUSED_MS), RETRY_REFUSED_MAX_MS));
     };
     socket.on("error", onError);
     schedule(STAGGER_MS[Math.min(started, STAGGER_MS.length - 1)]!);

@@ -5,6 +5,7 @@
  * (before the first call after a restore) and `release` (when the VM is gone)
  * end it. What nobody uses for a while goes by itself.
  */
+import { setImmediate as nextTurn } from "node:timers/promises";
 import { Pool } from "undici";
 import { RookeryError } from "@rookery/protocol/errors";
 import { connectRacing } from "./connect-racing.ts";
@@ -19,6 +20,8 @@ interface Entry {
   pool: Pool;
   calls: number;
   idle: NodeJS.Timeout | undefined;
+  /** Until the connection of the call that just ended counts as free. */
+  settling: Promise<void> | undefined;
 }
 
 export class GuestConnections {
@@ -32,7 +35,7 @@ export class GuestConnections {
 
   /** Runs `use` with the pool of `address`, within the bound of calls at once. */
   async use<T>(address: EnvdAddress, use: (pool: Pool) => Promise<T>): Promise<T> {
-    const entry = this.acquire(address);
+    const entry = await this.acquire(address);
     try {
       return await use(entry.pool);
     } finally {
@@ -41,7 +44,8 @@ export class GuestConnections {
   }
 
   /** Like `use`, for callers whose work is a stream: `release` must be called once. */
-  acquire(address: EnvdAddress): { pool: Pool; release: () => void } {
+  async acquire(address: EnvdAddress): Promise<{ pool: Pool; release: () => void }> {
+    await this.#entries.get(keyOf(address))?.settling;
     if (this.#closed) throw new RookeryError("unavailable", "The host agent is stopping");
     const key = keyOf(address);
     const entry = this.#entries.get(key) ?? this.#open(key, address);
@@ -55,6 +59,12 @@ export class GuestConnections {
       if (released) return;
       released = true;
       entry.calls -= 1;
+      // undici frees a connection in the next turn of the event loop; a call
+      // that comes sooner would open another one, which costs the guest.
+      const settling = nextTurn().then(() => {
+        if (entry.settling === settling) entry.settling = undefined;
+      });
+      entry.settling = settling;
       if (entry.calls === 0 && this.#entries.get(key) === entry) this.#expireWhenIdle(key, entry);
     };
     return { pool: entry.pool, release };
@@ -98,7 +108,7 @@ export class GuestConnections {
         });
       },
     });
-    const entry: Entry = { pool, calls: 0, idle: undefined };
+    const entry: Entry = { pool, calls: 0, idle: undefined, settling: undefined };
     this.#entries.set(key, entry);
     return entry;
   }

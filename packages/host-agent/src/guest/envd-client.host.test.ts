@@ -101,7 +101,10 @@ test("before /init nobody is served; with it, commands run in the environment it
   };
   await envd.init(target, init, never);
   await envd.init(target, init, never);
-  const result = await exec({ cmd: 'echo "$FROM_INIT $MINE"; echo oops >&2; exit 7', env: { MINE: "too", HOME: dir } });
+  const result = await exec({
+    cmd: 'echo "$FROM_INIT $MINE"; echo oops >&2; exit 7',
+    env: { MINE: "too", HOME: dir },
+  });
   assert.equal(Buffer.from(result.stdout).toString(), "yes too\n");
   assert.equal(Buffer.from(result.stderr).toString(), "oops\n");
   assert.deepEqual(

@@ -7,6 +7,7 @@
  */
 import { setTimeout as sleep } from "node:timers/promises";
 import { RookeryError } from "@rookery/protocol/errors";
+import type { Pool } from "undici";
 import type { EnvdTarget } from "../sandbox-manager/sandbox.ts";
 import { execCommand, runCommand } from "./commands.ts";
 import type { CommandEvent, CommandResult } from "./commands.ts";
@@ -15,17 +16,21 @@ import type { EnvdAddress } from "./connections.ts";
 import type { EnvdInit } from "./envd-init.ts";
 import { readFile, writeFile } from "./files.ts";
 import type { FileTarget } from "./files.ts";
-import { errorOfStatus, errorOfTransport, parseGuestJson } from "./guest-answers.ts";
+import { errorOfStatus, parseGuestJson } from "./guest-answers.ts";
 import { GUEST_LIMITS } from "./limits.ts";
 import type { GuestLimits } from "./limits.ts";
 import { readSmallBody } from "./process-calls.ts";
 import type { Command, Guest } from "./process-calls.ts";
 
-/** Between two tries to be answered by a guest that is coming up. */
+/** After a try that failed at once: the guest's kernel is there, envd is not yet. */
 const HEALTH_PAUSE_MS = 5;
-/** The first try may have met a guest that was not there yet; under load an honest one needs longer. */
-const FIRST_HEALTH_TRY_MS = 250;
-const LAST_HEALTH_TRY_MS = 4_000;
+/**
+ * A try that hangs goes on beside the next one, which comes so much later and
+ * then ever later: an honest guest on a busy host may need seconds, and each
+ * try that is given up and made anew costs it more of them.
+ */
+const FIRST_HEALTH_HEDGE_MS = 1_000;
+const LAST_HEALTH_HEDGE_MS = 8_000;
 
 export class EnvdClient {
   readonly #limits: GuestLimits;
@@ -42,58 +47,80 @@ export class EnvdClient {
    */
   async waitHealthy(address: EnvdAddress, signal: AbortSignal): Promise<void> {
     await this.#connections.reset(address);
-    let tryMs = FIRST_HEALTH_TRY_MS;
-    while (!(await this.#isHealthy(address, tryMs, signal))) {
-      await sleep(HEALTH_PAUSE_MS, undefined, { signal }).catch(() => undefined);
-      signal.throwIfAborted();
-      tryMs = Math.min(2 * tryMs, LAST_HEALTH_TRY_MS);
+    const others = new AbortController();
+    const limit = AbortSignal.any([signal, others.signal]);
+    const answered = Promise.withResolvers<"answered">();
+    let hedgeMs = FIRST_HEALTH_HEDGE_MS;
+    try {
+      for (;;) {
+        signal.throwIfAborted();
+        const failed = this.#isHealthy(address, limit).then((healthy) => {
+          if (healthy) answered.resolve("answered");
+          return sleep(HEALTH_PAUSE_MS, undefined);
+        });
+        const hedge = sleep(hedgeMs, "hangs" as const, { signal: limit }).catch(() => undefined);
+        const first = await Promise.race([answered.promise, failed, hedge]);
+        if (first === "answered") return;
+        if (first === "hangs") hedgeMs = Math.min(2 * hedgeMs, LAST_HEALTH_HEDGE_MS);
+      }
+    } finally {
+      others.abort();
     }
   }
 
-  async #isHealthy(address: EnvdAddress, tryMs: number, signal: AbortSignal): Promise<boolean> {
-    signal.throwIfAborted();
-    const limit = AbortSignal.any([signal, AbortSignal.timeout(tryMs)]);
+  /** Asks once. What went wrong is no matter: the caller's signal decides for how long it asks again. */
+  async #isHealthy(address: EnvdAddress, signal: AbortSignal): Promise<boolean> {
     try {
       return await this.#connections.use(address, async (pool) => {
-        const response = await pool.request({ method: "GET", path: "/health", signal: limit });
+        const response = await pool.request({ method: "GET", path: "/health", signal });
         await readSmallBody(response, this.#limits);
         return response.statusCode === 204 || response.statusCode === 200;
       });
     } catch {
-      // Not there yet, whatever the words: the caller's signal decides for how long we ask.
-      signal.throwIfAborted();
       return false;
     }
   }
 
-  /** Is envd there now? Asks once. */
-  async checkHealthy(address: EnvdAddress, signal: AbortSignal): Promise<boolean> {
-    return this.#isHealthy(address, this.#limits.answerMs, signal);
-  }
-
-  /** Makes a restored guest one of its own. Safe to repeat with the same `restoreId`. */
+  /**
+   * Makes a restored guest one of its own. Waits for it as `waitHealthy` does,
+   * so a thawed guest need not be asked for its health first: envd takes the
+   * same `restoreId` any number of times.
+   */
   async init(address: EnvdAddress, init: EnvdInit, signal: AbortSignal): Promise<void> {
     const limit = AbortSignal.any([signal, AbortSignal.timeout(this.#limits.initMs)]);
-    await this.#connections.use(address, async (pool) => {
+    for (;;) {
       try {
-        const response = await pool.request({
-          method: "POST",
-          path: "/init",
-          headers: { "content-type": "application/json" },
-          body: JSON.stringify(init),
-          headersTimeout: this.#limits.initMs,
-          signal: limit,
-        });
-        const body = await readSmallBody(response, this.#limits);
-        if (response.statusCode === 204) return;
-        throw errorOfStatus(response.statusCode, parseGuestJson(body, this.#limits), { subject: "guest" });
+        return await this.#connections.use(address, (pool) => this.#initOnce(pool, init, limit));
       } catch (cause) {
-        if (limit.aborted && !signal.aborted) {
+        signal.throwIfAborted();
+        if (limit.aborted) {
           throw new RookeryError("guest_error", "The guest did not take its identity in time", { cause });
         }
-        throw errorOfTransport(cause, [signal]);
+        if (!(cause instanceof ConnectionBroke)) throw cause;
+        await sleep(HEALTH_PAUSE_MS);
       }
-    });
+    }
+  }
+
+  async #initOnce(pool: Pool, init: EnvdInit, signal: AbortSignal): Promise<void> {
+    let status: number;
+    let body: Uint8Array;
+    try {
+      const response = await pool.request({
+        method: "POST",
+        path: "/init",
+        headers: { "content-type": "application/json" },
+        body: JSON.stringify(init),
+        headersTimeout: this.#limits.initMs,
+        signal,
+      });
+      status = response.statusCode;
+      body = await readSmallBody(response, this.#limits);
+    } catch (cause) {
+      throw cause instanceof RookeryError ? cause : new ConnectionBroke("no answer to /init", { cause });
+    }
+    if (status === 204) return;
+    throw errorOfStatus(status, parseGuestJson(body, this.#limits), { subject: "guest" });
   }
 
   exec(
@@ -110,7 +137,7 @@ export class EnvdClient {
     command: Command,
     signal: AbortSignal,
   ): AsyncGenerator<CommandEvent, void, undefined> {
-    const { pool, release } = this.#connections.acquire(target);
+    const { pool, release } = await this.#connections.acquire(target);
     try {
       yield* runCommand({ pool, accessToken: target.accessToken, limits: this.#limits }, command, signal);
     } finally {
@@ -134,7 +161,7 @@ export class EnvdClient {
     file: FileTarget,
     signal: AbortSignal,
   ): AsyncGenerator<{ sizeBytes: number | undefined } | Uint8Array, void, undefined> {
-    const { pool, release } = this.#connections.acquire(target);
+    const { pool, release } = await this.#connections.acquire(target);
     try {
       yield* readFile({ pool, accessToken: target.accessToken, limits: this.#limits }, file, signal);
     } finally {
@@ -156,4 +183,9 @@ export class EnvdClient {
       use({ pool, accessToken: target.accessToken, limits: this.#limits }),
     );
   }
+}
+
+/** Nothing was answered: an idempotent call may be made again. */
+class ConnectionBroke extends Error {
+  override readonly name = "ConnectionBroke";
 }

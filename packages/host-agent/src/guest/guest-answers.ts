@@ -7,6 +7,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import type { ErrorCode } from "@rookery/protocol/errors";
 import { z } from "zod";
+import { NoConnection } from "./connect-racing.ts";
 import type { GuestLimits } from "./limits.ts";
 
 const MAX_WORDS = 300;
@@ -111,6 +112,9 @@ export function errorOfTransport(cause: unknown, signals: readonly AbortSignal[]
       return signal.reason instanceof Error ? signal.reason : new Error("aborted", { cause });
   }
   if (cause instanceof RookeryError) return cause;
+  if (cause instanceof NoConnection) {
+    return new RookeryError("guest_error", "The sandbox's guest takes no connections", { cause });
+  }
   const code = cause instanceof Error && "code" in cause ? String(cause.code) : "";
   const words = code.includes("TIMEOUT")
     ? "The guest did not answer in time"

@@ -347,12 +347,12 @@ test("a file goes to the guest and comes back, byte for byte", async () => {
   });
   await client.createSandbox(creation());
   operations.envd = fake.target;
-  const pieces = Array.from({ length: 12 }, (_, i) => Buffer.alloc(1 << 20, i));
+  const pieces = Array.from({ length: 5 }, (_, i) => Buffer.alloc(1 << 20, i));
   async function* upload() {
     yield { part: { case: "start" as const, value: { sandboxId: ID, path: "/f" } } };
     for (const piece of pieces) yield { part: { case: "chunk" as const, value: piece } };
   }
-  assert.equal((await client.writeFile(upload())).sizeBytes, BigInt(12 << 20));
+  assert.equal((await client.writeFile(upload())).sizeBytes, BigInt(5 << 20));
   assert(stored.equals(Buffer.concat(pieces)));
   const back: Uint8Array[] = [];
   let size: bigint | undefined;
@@ -360,7 +360,7 @@ test("a file goes to the guest and comes back, byte for byte", async () => {
     size ??= sizeBytes;
     back.push(chunk);
   }
-  assert.equal(size, BigInt(12 << 20));
+  assert.equal(size, BigInt(5 << 20));
   assert(Buffer.concat(back).equals(stored));
   assert.equal(operations.uses, 0);
 });
@@ -430,6 +430,16 @@ test("closing waits for calls under way and takes no new ones", async () => {
   await closing;
   const late = connectHttp2(`http://127.0.0.1:${server.address.port}`);
   await assert.rejects(new Promise((resolve, reject) => late.once("connect", resolve).once("error", reject)));
+});
+
+test("closing does not wait for those who follow events", async () => {
+  const seen = Promise.withResolvers<void>();
+  const following = (async () => {
+    for await (const { logId } of client.streamEvents({ follow: true })) if (logId !== "") seen.resolve();
+  })();
+  await seen.promise;
+  await server.close(60_000);
+  await following;
 });
 
 test("an address that others can reach is refused", async () => {

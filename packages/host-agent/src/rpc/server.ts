@@ -18,7 +18,7 @@ import { authenticate, logAndTranslate } from "./interceptors.ts";
 import { hostAgentService } from "./service.ts";
 import type { ServiceDeps } from "./service.ts";
 
-export interface RpcServerOptions extends ServiceDeps {
+export interface RpcServerOptions extends Omit<ServiceDeps, "closing"> {
   listen: { host: string; port: number };
   trust: () => Trust | undefined;
   logger: Logger;
@@ -41,9 +41,11 @@ const SESSION_WINDOW_BYTES = 8 << 20;
 
 export async function startRpcServer(options: RpcServerOptions): Promise<RpcServer> {
   assertLoopback(options.listen.host);
+  const closing = new AbortController();
+  const service = hostAgentService({ ...options, closing: closing.signal });
   const verifier = new TokenVerifier(options.trust, options.clock);
   const handler = connectNodeAdapter({
-    routes: (router) => void router.service(HostAgentService, hostAgentService(options)),
+    routes: (router) => void router.service(HostAgentService, service),
     interceptors: [logAndTranslate(options.logger, options.clock), authenticate(verifier)],
     connect: true,
     grpc: false,
@@ -78,6 +80,7 @@ export async function startRpcServer(options: RpcServerOptions): Promise<RpcServ
   return {
     address: { host: bound.address, port: bound.port },
     async close(graceMs) {
+      closing.abort();
       const closed = new Promise<void>((resolve) => server.close(() => resolve()));
       for (const session of sessions) session.close();
       const limit = setTimeout(() => {

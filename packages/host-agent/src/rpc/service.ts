@@ -19,12 +19,15 @@ export interface ServiceDeps {
   operations: SandboxOperations;
   envd: Pick<EnvdClient, "exec" | "execStream" | "writeFile" | "readFile">;
   clock: Clock;
+  /** Aborts when the agent takes its leave: streams without an end of their own end then. */
+  closing: AbortSignal;
 }
 
 export function hostAgentService({
   operations,
   envd,
   clock,
+  closing,
 }: ServiceDeps): ServiceImpl<typeof HostAgentService> {
   const border = (context: HandlerContext): decode.Border => {
     const trust = context.values.get(TRUST);
@@ -124,7 +127,8 @@ export function hostAgentService({
       // First which log this is: a caller with numbers of another one must know even if nothing follows.
       yield { logId: events.logId };
       const { afterNumber: after, follow } = request;
-      for await (const event of events.read({ after, follow, signal: context.signal })) {
+      const signal = AbortSignal.any([context.signal, closing]);
+      for await (const event of events.read({ after, follow, signal })) {
         yield { logId: events.logId, event: hostEventMessage(event) };
         left -= 1;
         if (left === 0 && !follow) return;
