@@ -29,16 +29,16 @@ export async function serve(
   options: { logger: Logger; version: string; stop: AbortSignal },
 ): Promise<void> {
   const { logger, stop } = options;
-  await using agent = await openAgent({ config, logger, signal: stop });
-  const { manager, envd, failpoints } = agent;
   const store = await CredentialStore.open(config.dataDir);
   const url = config.controlPlaneUrl ?? store.current?.controlPlaneUrl;
-  if (url === undefined) {
+  if (url === undefined || (config.registrationToken === undefined && store.current === undefined)) {
     throw new RookeryError(
       "invalid_request",
       "This host is not registered: start with --control-plane URL --register TOKEN",
     );
   }
+  await using agent = await openAgent({ config, logger, signal: stop });
+  const { manager, envd, failpoints } = agent;
 
   // First the server: once registered, the control plane may call at any moment.
   const server = await startRpcServer({
@@ -61,10 +61,7 @@ export async function serve(
         stop,
       );
     }
-    if (store.current === undefined) {
-      throw new RookeryError("invalid_request", "This host is not registered: start with --register TOKEN");
-    }
-    logger.info({ ...server.address, hostId: store.current.hostId, vmm: agent.vmm.kind }, "ready");
+    logger.info({ ...server.address, hostId: store.current?.hostId, vmm: agent.vmm.kind }, "ready");
     await new ControlPlaneLink({
       client,
       store,
