@@ -3,7 +3,7 @@
  * object. Every interval is here, so that tests can shorten it.
  */
 import { z } from "zod";
-import { STRATEGIES, type StrategyName } from "./hosts/scheduler.ts";
+import { STRATEGY_NAMES } from "./hosts/scheduler.ts";
 
 const SECOND = 1_000;
 const DAY = 86_400 * SECOND;
@@ -23,7 +23,7 @@ const Environment = z.object({
   ROOKERY_HOST: z.string().min(1).default("127.0.0.1"),
   ROOKERY_PORT: z.coerce.number().int().min(0).max(65_535).default(8080),
   ROOKERY_LOG_LEVEL: z.enum(["debug", "info", "warn", "error", "silent"]).default("info"),
-  ROOKERY_SCHEDULER: z.enum(Object.keys(STRATEGIES) as [StrategyName]).default("round-robin"),
+  ROOKERY_SCHEDULER: z.enum(STRATEGY_NAMES).default("round-robin"),
   ROOKERY_DATABASE_CONNECTIONS: count(20, 1_000),
   ROOKERY_MAX_SANDBOXES_PER_TEAM: count(1_000, 10_000_000),
   ROOKERY_REQUESTS_PER_MINUTE: z.coerce.number().int().min(0).default(60_000),

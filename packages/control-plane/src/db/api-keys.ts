@@ -80,8 +80,8 @@ export async function deleteApiKey(db: Queryable, teamId: TeamId, id: ApiKeyId):
 
 function toApiKey(row: Selectable<ApiKeys>): ApiKeyRecord {
   return {
-    id: row.id as ApiKeyId,
-    teamId: row.team_id as TeamId,
+    id: row.id,
+    teamId: row.team_id,
     name: row.name,
     role: row.role,
     prefix: row.prefix,

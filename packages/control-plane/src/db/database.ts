@@ -6,7 +6,7 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import { Kysely, PostgresDialect, type Transaction } from "kysely";
-import pg from "pg";
+import { DatabaseError, Pool, TypeOverrides } from "pg";
 import type { DB } from "./schema.ts";
 
 export type Database = Kysely<DB>;
@@ -16,16 +16,14 @@ export type Queryable = Database | Transaction<DB>;
 export interface OpenDatabase {
   db: Database;
   /** For what is no query: migrations and readiness. */
-  pool: pg.Pool;
-  close(): Promise<void>;
+  pool: Pool;
+  close: () => Promise<void>;
 }
 
 const INT8_OID = 20;
 
-const types: pg.CustomTypesConfig = {
-  getTypeParser: (oid: number, format?: "text" | "binary") =>
-    oid === INT8_OID ? BigInt : pg.types.getTypeParser(oid, format),
-};
+const types = new TypeOverrides();
+types.setTypeParser(INT8_OID, BigInt);
 
 export interface DatabaseOptions {
   url: string;
@@ -33,11 +31,11 @@ export interface DatabaseOptions {
   connectTimeoutMs: number;
   statementTimeoutMs: number;
   /** An idle connection that broke: logged, never fatal. */
-  onError(cause: unknown): void;
+  onError: (cause: unknown) => void;
 }
 
 export function openDatabase(options: DatabaseOptions): OpenDatabase {
-  const pool = new pg.Pool({
+  const pool = new Pool({
     connectionString: options.url,
     max: options.maxConnections,
     connectionTimeoutMillis: options.connectTimeoutMs,
@@ -50,12 +48,17 @@ export function openDatabase(options: DatabaseOptions): OpenDatabase {
   // A client that is being closed has left the pool's care, and its last error would be nobody's.
   pool.on("connect", (client) => client.on("error", () => undefined));
   const db = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
-  return { db, pool, close: () => db.destroy() };
+  const close = async (): Promise<void> => {
+    await db.destroy();
+    // Kysely leaves a pool alone that it never asked.
+    if (!pool.ended) await pool.end();
+  };
+  return { db, pool, close };
 }
 
 /** Constraint that an insert or update broke, if that is what `cause` says. */
 export function violatedConstraint(cause: unknown): string | undefined {
-  return cause instanceof pg.DatabaseError && cause.code?.startsWith("23") ? cause.constraint : undefined;
+  return cause instanceof DatabaseError && cause.code?.startsWith("23") ? cause.constraint : undefined;
 }
 
 const AWAY_SQLSTATES = /^(08|57P|53300|53400|40001|40P01|55P03|57014)/;
@@ -68,7 +71,7 @@ const AWAY_MESSAGES =
 export function isDatabaseAway(cause: unknown): boolean {
   if (!(cause instanceof Error)) return false;
   const code = "code" in cause && typeof cause.code === "string" ? cause.code : "";
-  if (cause instanceof pg.DatabaseError) return AWAY_SQLSTATES.test(code);
+  if (cause instanceof DatabaseError) return AWAY_SQLSTATES.test(code);
   return AWAY_SYSCALLS.has(code) || AWAY_MESSAGES.test(cause.message);
 }
 

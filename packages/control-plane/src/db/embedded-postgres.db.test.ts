@@ -3,7 +3,7 @@ import { execFileSync, spawnSync } from "node:child_process";
 import { chmodSync, existsSync, mkdtempSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import pg from "pg";
+import { Client } from "pg";
 import { afterAll, beforeAll, test } from "vitest";
 import { DEFAULT_UID, postgresPid, startPostgres, stopPostgres } from "./embedded-postgres.ts";
 
@@ -23,7 +23,7 @@ afterAll(async () => {
 });
 
 async function ask(url: string, query: string): Promise<unknown> {
-  const client = new pg.Client({ connectionString: url });
+  const client = new Client({ connectionString: url });
   client.on("error", () => undefined);
   await client.connect();
   try {
@@ -60,7 +60,7 @@ test("it survives kill -9: the next start recovers, and a pid file that names a 
 
 test("stopping twice is stopping once, with clients at work too", async () => {
   const { url } = await startPostgres(place);
-  const client = new pg.Client({ connectionString: url });
+  const client = new Client({ connectionString: url });
   client.on("error", () => undefined);
   await client.connect();
   const sleeping = client.query("select pg_sleep(60)").then(

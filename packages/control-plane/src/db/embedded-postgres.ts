@@ -30,7 +30,8 @@ import {
 import { createRequire } from "node:module";
 import path from "node:path";
 import { promisify } from "node:util";
-import pg from "pg";
+import { Client } from "pg";
+import { z } from "zod";
 
 const exec = promisify(execFile);
 
@@ -41,6 +42,10 @@ const PORT = 5432;
 /** sun_path, less the name `.s.PGSQL.5432` and the NUL. */
 const MAX_SOCKET_DIR = 107 - "/.s.PGSQL.5432".length;
 const POLL_MS = 25;
+
+/** What we read of the package. */
+const Package = z.object({ version: z.string().regex(/^[\w.-]+$/) });
+const Links = z.array(z.object({ source: z.string(), target: z.string() }));
 
 export interface PostgresPlace {
   home: string;
@@ -113,9 +118,7 @@ export async function stopPostgres(home: string, timeoutMs: number): Promise<voi
 
 async function installBinaries({ home, binaries }: StartOptions): Promise<string> {
   const source = binaries ?? packagedBinaries();
-  const { version } = JSON.parse(await readFile(path.join(source, "../package.json"), "utf8")) as {
-    version: string;
-  };
+  const { version } = Package.parse(JSON.parse(await readFile(path.join(source, "../package.json"), "utf8")));
   const target = path.join(home, `server-${version}`);
   if (existsSync(target)) return target;
   await mkdir(home, { recursive: true, mode: 0o755 });
@@ -140,10 +143,7 @@ function packagedBinaries(): string {
 
 /** What the package's install script would make; npm may have been told not to run it. */
 async function linkLibraries(root: string): Promise<void> {
-  const links = JSON.parse(await readFile(path.join(root, "pg-symlinks.json"), "utf8")) as {
-    source: string;
-    target: string;
-  }[];
+  const links = Links.parse(JSON.parse(await readFile(path.join(root, "pg-symlinks.json"), "utf8")));
   for (const { source, target } of links) {
     const link = path.join(root, path.relative("native", target));
     const isThere = await lstat(link).then(
@@ -291,7 +291,7 @@ async function awaitReady(
 }
 
 async function ensureDatabase(socketDir: string): Promise<void> {
-  const client = new pg.Client({ connectionString: urlOf(socketDir, "postgres") });
+  const client = new Client({ connectionString: urlOf(socketDir, "postgres") });
   // A server that is still starting ends connections; the awaited calls say so too.
   client.on("error", () => undefined);
   try {
@@ -307,7 +307,7 @@ async function readOptional(file: string): Promise<string | undefined> {
   try {
     return await readFile(file, "utf8");
   } catch (cause) {
-    const code = (cause as NodeJS.ErrnoException).code;
+    const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
     if (code === "ENOENT" || code === "ESRCH") return undefined;
     throw cause;
   }

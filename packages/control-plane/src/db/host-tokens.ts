@@ -36,7 +36,7 @@ export async function consumeRegistrationToken(
     .where("expires_at", ">", sql<Date>`now()`)
     .returning("host_id")
     .executeTakeFirst();
-  return row?.host_id as HostId | undefined;
+  return row?.host_id;
 }
 
 export interface RefreshToken {
@@ -75,7 +75,7 @@ export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<Ref
   if (!host || !row) return undefined;
   return {
     hash,
-    hostId: row.host_id as HostId,
+    hostId: row.host_id,
     isExpired: row.is_expired,
     isSucceeded: row.is_succeeded,
     epoch: host.epoch,

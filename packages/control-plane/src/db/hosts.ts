@@ -161,7 +161,11 @@ export async function findHostEndpoint(
   };
 }
 
-/** It registered: new facts, and an epoch that older access tokens don't have. Undefined: no such host. */
+/**
+ * It registered: new facts, and an epoch that older access tokens don't have.
+ * Its first heartbeat puts it online: until it has our answer it knows no key
+ * of ours, and would refuse every command. Undefined: no such host.
+ */
 export async function recordRegistration(
   tx: Queryable,
   id: HostId,
@@ -170,7 +174,7 @@ export async function recordRegistration(
   return tx
     .updateTable("hosts")
     .set((eb) => ({
-      status: "online",
+      status: "unreachable",
       address: facts.address,
       certificate_fingerprint: facts.certificateFingerprint ?? null,
       public_key: facts.publicKey,
@@ -358,10 +362,10 @@ function inScope(scope: HostScope): Expression<SqlBool> {
 
 export function toHost(row: Selectable<Hosts>): HostRecord {
   return {
-    id: row.id as HostId,
+    id: row.id,
     name: row.name,
     type: row.type,
-    teamId: (row.team_id ?? undefined) as TeamId | undefined,
+    teamId: row.team_id ?? undefined,
     status: row.status,
     draining: row.draining,
     labels: row.labels,

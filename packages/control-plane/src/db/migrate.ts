@@ -8,7 +8,7 @@
 import { createHash } from "node:crypto";
 import { readFile, readdir } from "node:fs/promises";
 import path from "node:path";
-import type pg from "pg";
+import type { Pool, PoolClient } from "pg";
 
 export interface Migration {
   number: number;
@@ -43,7 +43,7 @@ export async function readMigrations(directory: string): Promise<Migration[]> {
 }
 
 /** Numbers of the migrations that were applied now. */
-export async function migrate(pool: pg.Pool, migrations: readonly Migration[]): Promise<number[]> {
+export async function migrate(pool: Pool, migrations: readonly Migration[]): Promise<number[]> {
   const client = await pool.connect();
   try {
     await client.query("select pg_advisory_lock($1)", [LOCK]);
@@ -62,7 +62,7 @@ export async function migrate(pool: pg.Pool, migrations: readonly Migration[]): 
 }
 
 /** True when exactly these migrations were applied. */
-export async function isMigrated(pool: pg.Pool, migrations: readonly Migration[]): Promise<boolean> {
+export async function isMigrated(pool: Pool, migrations: readonly Migration[]): Promise<boolean> {
   const { rows } = await pool.query<{ exists: boolean }>(
     "select to_regclass('schema_migrations') is not null as exists",
   );
@@ -77,7 +77,7 @@ interface Applied {
   checksum: string;
 }
 
-async function readApplied(queryable: pg.Pool | pg.PoolClient): Promise<Applied[]> {
+async function readApplied(queryable: Pool | PoolClient): Promise<Applied[]> {
   const { rows } = await queryable.query<Applied>(
     "select number, checksum from schema_migrations order by number",
   );
@@ -94,7 +94,7 @@ function compare(applied: readonly Applied[], migrations: readonly Migration[]):
   }
 }
 
-async function apply(client: pg.PoolClient, migration: Migration): Promise<void> {
+async function apply(client: PoolClient, migration: Migration): Promise<void> {
   await client.query("begin");
   try {
     await client.query(migration.sql);

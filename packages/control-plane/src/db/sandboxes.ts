@@ -79,6 +79,8 @@ export interface MovePatch {
   startedAt?: Date | undefined;
   expiresAt?: Date | null;
   diskUsedBytes?: number | undefined;
+  /** What its host says that it was last told; a status of work sets it by itself. */
+  commandGeneration?: bigint;
   error?: { code: string; message: string } | undefined;
 }
 
@@ -94,6 +96,7 @@ export async function moveSandbox(
   assert.equal(isWork(status), patch.deadlineMs !== undefined, `${status} needs a deadline, or has none`);
   const generation = at.generation + 1n;
   const { hostId, startedAt, expiresAt, diskUsedBytes, error, deadlineMs } = patch;
+  const commandGeneration = isWork(status) && status !== "pending" ? generation : patch.commandGeneration;
   const moved = db.with("moved", (query) =>
     query
       .updateTable("sandboxes")
@@ -103,7 +106,7 @@ export async function moveSandbox(
         operation_deadline: deadlineMs === undefined ? null : sql<Date>`now() + ${interval(deadlineMs)}`,
         error_code: error?.code ?? null,
         error_message: error?.message ?? null,
-        ...(isWork(status) && status !== "pending" && { command_generation: generation }),
+        ...(commandGeneration !== undefined && { command_generation: commandGeneration }),
         ...(hostId !== undefined && { host_id: hostId }),
         ...(startedAt && { started_at: sql<Date>`coalesce(started_at, ${startedAt})` }),
         ...(expiresAt !== undefined && { expires_at: expiresAt }),
@@ -171,7 +174,7 @@ export async function findSandboxTarget(
   if (!row) return undefined;
   const { status, id: hostId, address, certificate_fingerprint: fingerprint, epoch } = row;
   if (hostId === null || address === null || epoch === null) return { status, host: undefined };
-  const host = { id: hostId as HostId, address, certificateFingerprint: fingerprint ?? undefined, epoch };
+  const host = { id: hostId, address, certificateFingerprint: fingerprint ?? undefined, epoch };
   return { status, host };
 }
 
@@ -276,23 +279,6 @@ export async function claimOverdueSandboxes(
   return rows.map(toSandbox);
 }
 
-/**
- * A command that changes no status gets a generation of its own all the same,
- * so that its host can tell it from the one before. Undefined: it moved first.
- */
-export async function raiseGeneration(db: Queryable, at: At): Promise<SandboxRecord | undefined> {
-  const generation = at.generation + 1n;
-  const row = await db
-    .updateTable("sandboxes")
-    .set({ generation, command_generation: generation })
-    .where("id", "=", at.id)
-    .where("status", "=", at.status)
-    .where("generation", "=", at.generation)
-    .returningAll()
-    .executeTakeFirst();
-  return row && toSandbox(row);
-}
-
 /** Its host is still at work, or silent: the next look is later. False: it moved first. */
 export async function extendDeadline(db: Queryable, at: At, deadlineMs: number): Promise<boolean> {
   const { numUpdatedRows } = await db
@@ -316,7 +302,7 @@ export async function liveSandboxesOfHost(
     .selectAll()
     .where("host_id", "=", hostId)
     .where(sql<boolean>`status not in ('stopped', 'error')`)
-    .where("id", ">", page.after)
+    .where(sql<boolean>`id > ${page.after}`)
     .orderBy("id")
     .limit(page.limit)
     .execute();
@@ -325,14 +311,14 @@ export async function liveSandboxesOfHost(
 
 function toSandbox(row: Selectable<Sandboxes>): SandboxRecord {
   return {
-    id: row.id as SandboxId,
-    teamId: row.team_id as TeamId,
+    id: row.id,
+    teamId: row.team_id,
     status: row.status,
     generation: row.generation,
     commandGeneration: row.command_generation,
     template: row.template,
-    snapshotId: (row.snapshot_id ?? undefined) as SnapshotId | undefined,
-    hostId: (row.host_id ?? undefined) as HostId | undefined,
+    snapshotId: row.snapshot_id ?? undefined,
+    hostId: row.host_id ?? undefined,
     vcpus: row.vcpus,
     memoryMb: row.memory_mb,
     diskMb: row.disk_mb,

@@ -3,6 +3,7 @@
  * Please do not edit it manually.
  */
 
+import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId, TemplateId } from "../model/ids.ts";
 import type { SandboxStatus } from "../model/sandbox.ts";
 import type { ColumnType } from "kysely";
 
@@ -15,13 +16,13 @@ export type Timestamp = ColumnType<Date, Date | string, Date | string>;
 
 export interface ApiKeys {
   created_at: Generated<Timestamp>;
-  id: string;
+  id: ApiKeyId;
   key_hash: Buffer;
   last_used_at: Timestamp | null;
   name: string;
   prefix: string;
   role: "member" | "platform";
-  team_id: string;
+  team_id: TeamId;
 }
 
 export interface Cluster {
@@ -36,7 +37,7 @@ export interface Cluster {
 export interface HostRefreshTokens {
   created_at: Generated<Timestamp>;
   expires_at: Timestamp;
-  host_id: string;
+  host_id: HostId;
   parent_hash: Buffer | null;
   token_hash: Buffer;
   used_at: Timestamp | null;
@@ -44,7 +45,7 @@ export interface HostRefreshTokens {
 
 export interface HostRegistrationTokens {
   expires_at: Timestamp;
-  host_id: string;
+  host_id: HostId;
   token_hash: Buffer;
 }
 
@@ -63,7 +64,7 @@ export interface Hosts {
   event_log_id: string | null;
   event_reader: string | null;
   event_reader_until: Timestamp | null;
-  id: string;
+  id: HostId;
   labels: ColumnType<Readonly<Record<string, string>>, string, string>;
   last_heartbeat_at: Timestamp | null;
   load: ColumnType<
@@ -76,7 +77,7 @@ export interface Hosts {
   next_check_at: Generated<Timestamp>;
   public_key: string | null;
   status: Generated<"pending" | "online" | "unreachable">;
-  team_id: string | null;
+  team_id: TeamId | null;
   type: "shared" | "byoc";
   version: string | null;
 }
@@ -89,7 +90,7 @@ export interface IdempotencyKeys {
   key: string;
   sealed_body: Buffer | null;
   status: number | null;
-  team_id: string;
+  team_id: TeamId;
 }
 
 export interface Sandboxes {
@@ -103,16 +104,16 @@ export interface Sandboxes {
   error_message: string | null;
   expires_at: Timestamp | null;
   generation: Generated<bigint>;
-  host_id: string | null;
-  id: string;
+  host_id: HostId | null;
+  id: SandboxId;
   memory_mb: number;
   metadata: ColumnType<Readonly<Record<string, string>>, string, string>;
   on_timeout: "pause" | "destroy";
   operation_deadline: Timestamp | null;
-  snapshot_id: string | null;
+  snapshot_id: SnapshotId | null;
   started_at: Timestamp | null;
   status: SandboxStatus;
-  team_id: string;
+  team_id: TeamId;
   template: string;
   timeout_mode: "idle" | "absolute";
   timeout_sec: number;
@@ -123,20 +124,20 @@ export interface Sandboxes {
 export interface Snapshots {
   created_at: Generated<Timestamp>;
   disk_mb: number;
-  host_id: string;
-  id: string;
+  host_id: HostId;
+  id: SnapshotId;
   memory_mb: number;
   name: string;
   operation_deadline: Timestamp | null;
   size_bytes: Generated<bigint>;
   status: "creating" | "ready" | "deleting";
-  team_id: string;
+  team_id: TeamId;
   vcpus: number;
 }
 
 export interface Teams {
   created_at: Generated<Timestamp>;
-  id: string;
+  id: TeamId;
   live_sandboxes: Generated<number>;
   max_sandboxes: number | null;
   name: string;
@@ -145,7 +146,7 @@ export interface Teams {
 export interface Templates {
   created_at: Generated<Timestamp>;
   disk_mb: number;
-  id: string;
+  id: TemplateId;
   memory_mb: number;
   name: string;
   vcpus: number;

@@ -97,7 +97,7 @@ export async function findSnapshot(
     .selectAll()
     .where("team_id", "=", teamId)
     .where("status", "=", "ready")
-    .where((eb) => eb.or([eb("id", "=", nameOrId), eb("name", "=", nameOrId)]))
+    .where(sql<boolean>`(id = ${nameOrId} or name = ${nameOrId})`)
     // An id can't be a name: names are up to 63 characters of another alphabet, yet one may look like an id.
     .orderBy(sql`id = ${nameOrId}`, "desc")
     .executeTakeFirst();
@@ -169,10 +169,10 @@ export async function claimOverdueSnapshots(
 
 export function toSnapshot(row: Selectable<Snapshots>): SnapshotRecord {
   return {
-    id: row.id as SnapshotId,
-    teamId: row.team_id as TeamId,
+    id: row.id,
+    teamId: row.team_id,
     name: row.name,
-    hostId: row.host_id as HostId,
+    hostId: row.host_id,
     status: row.status,
     vcpus: row.vcpus,
     memoryMb: row.memory_mb,

@@ -56,5 +56,5 @@ export async function teamQuota(
 }
 
 function toTeam(row: Selectable<Teams>): TeamRecord {
-  return { id: row.id as TeamId, name: row.name, createdAt: row.created_at };
+  return { id: row.id, name: row.name, createdAt: row.created_at };
 }

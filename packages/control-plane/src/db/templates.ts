@@ -21,7 +21,7 @@ export async function findPlatformTemplate(
   const row = await db
     .selectFrom("templates")
     .selectAll()
-    .where((eb) => eb.or([eb("name", "=", nameOrId), eb("id", "=", nameOrId)]))
+    .where(sql<boolean>`(id = ${nameOrId} or name = ${nameOrId})`)
     .executeTakeFirst();
   return row && toTemplate({ ...row, kind: "platform" });
 }
@@ -35,12 +35,14 @@ export async function listTemplates(
     .selectFrom((query) =>
       query
         .selectFrom("templates")
-        .select(["id", "name", "vcpus", "memory_mb", "disk_mb", "created_at"])
+        .select(["name", "vcpus", "memory_mb", "disk_mb", "created_at"])
+        .select((eb) => eb.ref("id").$castTo<TemplateId | SnapshotId>().as("id"))
         .select(sql<"platform" | "snapshot">`'platform'`.as("kind"))
         .unionAll(
           query
             .selectFrom("snapshots")
-            .select(["id", "name", "vcpus", "memory_mb", "disk_mb", "created_at"])
+            .select(["name", "vcpus", "memory_mb", "disk_mb", "created_at"])
+            .select((eb) => eb.ref("id").$castTo<TemplateId | SnapshotId>().as("id"))
             .select(sql<"platform" | "snapshot">`'snapshot'`.as("kind"))
             .where("team_id", "=", teamId)
             .where("status", "=", "ready"),
@@ -57,7 +59,7 @@ export async function listTemplates(
 }
 
 function toTemplate(row: {
-  id: string;
+  id: TemplateId | SnapshotId;
   name: string;
   kind: "platform" | "snapshot";
   vcpus: number;
@@ -66,7 +68,7 @@ function toTemplate(row: {
   created_at: Date;
 }): TemplateRecord {
   return {
-    id: row.id as TemplateId | SnapshotId,
+    id: row.id,
     name: row.name,
     kind: row.kind,
     vcpus: row.vcpus,

@@ -44,7 +44,7 @@ interface Deps {
   db: Database;
   cluster: Cluster;
   random: Random;
-  now(): number;
+  now: () => number;
   options: CredentialOptions;
 }
 

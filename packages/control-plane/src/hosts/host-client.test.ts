@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
 import { X509Certificate, createHash } from "node:crypto";
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
-import { createSecureServer } from "node:http2";
-import { type AddressInfo, createServer } from "node:net";
+import { type ServerHttp2Session, createSecureServer } from "node:http2";
+import { type AddressInfo, type Socket, createServer } from "node:net";
 import { tmpdir } from "node:os";
 import path from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
@@ -193,7 +193,7 @@ test("a host that answers nothing, not even a connection, is given up in time", 
   const mute = createServer();
   await new Promise<void>((resolve) => mute.listen(0, "127.0.0.1", resolve));
   closing.push(() => mute.close());
-  const sockets = new Set<import("node:net").Socket>();
+  const sockets = new Set<Socket>();
   mute.on("connection", (socket) => sockets.add(socket.on("error", () => undefined)));
   closing.push(() => sockets.forEach((socket) => socket.destroy()));
   const agent = openClient(`127.0.0.1:${(mute.address() as AddressInfo).port}`);
@@ -212,7 +212,7 @@ test("an agent is spoken to only when it shows the certificate that it registere
     response.writeHead(404).end();
   });
   await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
-  const sessions = new Set<import("node:http2").ServerHttp2Session>();
+  const sessions = new Set<ServerHttp2Session>();
   server.on("session", (session) => sessions.add(session.on("error", () => undefined)));
   closing.push(() => {
     for (const session of sessions) session.destroy();

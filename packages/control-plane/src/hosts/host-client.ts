@@ -33,7 +33,7 @@ export interface HostClientOptions {
   connectTimeoutMs: number;
   pingIntervalMs: number;
   pingTimeoutMs: number;
-  now(): number;
+  now: () => number;
   /** What proves us to this host. */
   token(hostId: HostEndpoint["id"]): Promise<string>;
 }

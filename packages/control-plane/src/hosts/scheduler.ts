@@ -51,11 +51,16 @@ function leastLoaded(): Strategy {
   return (hosts) => hosts.toSorted((a, b) => used(a) - used(b) || (a.id < b.id ? -1 : 1))[0];
 }
 
-export const STRATEGIES = { "round-robin": roundRobin, "least-loaded": leastLoaded } as const;
-export type StrategyName = keyof typeof STRATEGIES;
+export const STRATEGY_NAMES = ["round-robin", "least-loaded"] as const;
+type StrategyName = (typeof STRATEGY_NAMES)[number];
+
+const STRATEGIES: Record<StrategyName, () => Strategy> = {
+  "round-robin": roundRobin,
+  "least-loaded": leastLoaded,
+};
 
 export function newScheduler(name: StrategyName): Scheduler {
-  const strategy: Strategy = STRATEGIES[name]();
+  const strategy = STRATEGIES[name]();
   return {
     pick: (request, hosts) =>
       strategy(hosts.filter((host) => Object.values(FILTERS).every((admits) => admits(host, request)))),

@@ -76,6 +76,7 @@ export function factsOf(seen: AgentSandbox | undefined): MovePatch {
     startedAt: seen.startedAt,
     expiresAt: (seen.phase === "running" && seen.expiresAt) || null,
     diskUsedBytes: seen.diskUsedBytes,
+    commandGeneration: seen.generation,
   };
 }
 

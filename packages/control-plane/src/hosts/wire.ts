@@ -7,7 +7,7 @@ import {
   TimeoutAction,
   TimeoutMode,
 } from "@rookery/protocol/hostagent";
-import type { SandboxId } from "../model/ids.ts";
+import { type SandboxId, isSandboxId } from "../model/ids.ts";
 import type { Lifetime } from "../model/sandbox.ts";
 import type { AgentCommand, AgentEvent, AgentOperation, AgentPhase, AgentSandbox } from "./host-agent.ts";
 
@@ -49,7 +49,7 @@ export function fromSandbox(wire: WireSandbox | undefined): AgentSandbox {
   // A newer agent may know phases that we don't.
   if (!wire || !phase) throw new RookeryError("host_error", "The host's answer makes no sense.");
   return {
-    id: wire.sandboxId as SandboxId,
+    id: fromId(wire.sandboxId),
     phase,
     generation: wire.generation,
     vcpus: wire.vcpus,
@@ -62,11 +62,16 @@ export function fromSandbox(wire: WireSandbox | undefined): AgentSandbox {
   };
 }
 
+function fromId(text: string): SandboxId {
+  if (!isSandboxId(text)) throw new RookeryError("host_error", "The host names what is no sandbox.");
+  return text;
+}
+
 export function fromTime(unixMs: bigint): Date | undefined {
   return unixMs === 0n ? undefined : new Date(Number(unixMs));
 }
 
 export function fromEvent(wire: HostEvent): AgentEvent {
   const { number, sandboxId, generation, kind, reason, message } = wire;
-  return { number, sandboxId: sandboxId as SandboxId, generation, kind, reason, message };
+  return { number, sandboxId: fromId(sandboxId), generation, kind, reason, message };
 }

@@ -4,7 +4,19 @@
  * Each character is one of 36, without bias: bytes of 252 and above are thrown
  * away (252 = 7 * 36). 18 characters hold 93 bits.
  */
-import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "./ids.ts";
+import assert from "node:assert/strict";
+import {
+  type ApiKeyId,
+  type HostId,
+  type SandboxId,
+  type SnapshotId,
+  type TeamId,
+  isApiKeyId,
+  isHostId,
+  isSandboxId,
+  isSnapshotId,
+  isTeamId,
+} from "./ids.ts";
 
 export type Random = (size: number) => Uint8Array;
 
@@ -31,11 +43,16 @@ export function newIds(random: Random): NewIds {
     return out;
   };
   return {
-    sandbox: () => `sb${text(18)}` as SandboxId,
-    snapshot: () => `snap-${text(20)}` as SnapshotId,
-    host: () => `host-${text(20)}` as HostId,
-    team: () => `team-${text(20)}` as TeamId,
-    apiKey: () => `key-${text(20)}` as ApiKeyId,
+    sandbox: () => branded(`sb${text(18)}`, isSandboxId),
+    snapshot: () => branded(`snap-${text(20)}`, isSnapshotId),
+    host: () => branded(`host-${text(20)}`, isHostId),
+    team: () => branded(`team-${text(20)}`, isTeamId),
+    apiKey: () => branded(`key-${text(20)}`, isApiKeyId),
     text,
   };
+}
+
+function branded<T extends string>(text: string, isOne: (text: string) => text is T): T {
+  assert(isOne(text));
+  return text;
 }

@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import fc from "fast-check";
+import * as fc from "fast-check";
 import { test } from "vitest";
 import { type SandboxEvent, NEXT, isFinal, isWork, nextStatus } from "./sandbox-state.ts";
 import { SANDBOX_STATUSES, type SandboxStatus } from "./sandbox.ts";

@@ -8,6 +8,7 @@ import { RookeryError } from "@rookery/protocol/errors";
 import { findApiKey, touchApiKey } from "../db/api-keys.ts";
 import type { ApiKeyId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
+import { Recent } from "./recent.ts";
 import type { Caller } from "./services.ts";
 
 const KEY = /^(?:rk|e2b)_([0-9a-f]{40})$/;
@@ -17,11 +18,12 @@ export const hashKey = (hex: string): Buffer => createHash("sha256").update(hex)
 
 export class Authenticator {
   readonly #deps: Pick<Deps, "db" | "clock" | "options">;
-  /** In the order of their asking: the oldest goes first when there are too many. */
-  readonly #known = new Map<string, { caller: Caller; until: number }>();
+  readonly #known: Recent<Caller>;
 
   constructor(deps: Pick<Deps, "db" | "clock" | "options">) {
     this.#deps = deps;
+    const { cacheMs: forMs, cacheSize: size } = deps.options;
+    this.#known = new Recent({ size, forMs, now: () => deps.clock.now() });
   }
 
   async authenticate(presented: string): Promise<Caller> {
@@ -30,16 +32,14 @@ export class Authenticator {
     const hash = hashKey(hex);
     const cacheKey = hash.toString("base64");
     const known = this.#known.get(cacheKey);
-    const now = this.#deps.clock.now();
-    if (known && now < known.until) return known.caller;
-    this.#known.delete(cacheKey);
-    const caller = await this.#look(hash, now);
-    this.#remember(cacheKey, { caller, until: now + this.#deps.options.keyCacheMs });
+    if (known) return known;
+    const caller = await this.#look(hash, this.#deps.clock.now());
+    this.#known.set(cacheKey, caller);
     return caller;
   }
 
   forget(id: ApiKeyId): void {
-    for (const [key, { caller }] of this.#known) if (caller.keyId === id) this.#known.delete(key);
+    this.#known.deleteWhere(({ keyId }) => keyId === id);
   }
 
   async #look(hash: Buffer, now: number): Promise<Caller> {
@@ -50,13 +50,6 @@ export class Authenticator {
       await touchApiKey(db, key.id, options.keyTouchMs);
     }
     return { keyId: key.id, teamId: key.teamId, role: key.role };
-  }
-
-  #remember(key: string, entry: { caller: Caller; until: number }): void {
-    this.#known.set(key, entry);
-    if (this.#known.size <= this.#deps.options.keyCacheSize) return;
-    const [oldest] = this.#known.keys();
-    if (oldest !== undefined) this.#known.delete(oldest);
   }
 }
 

@@ -19,8 +19,9 @@ export interface ServiceOptions {
   leaseMs: number;
   /** Looking at the host when somebody looks at a sandbox. */
   lookMs: number;
-  keyCacheMs: number;
-  keyCacheSize: number;
+  /** How long a replica may believe what it learnt of API keys and of where sandboxes run; how many of each. */
+  cacheMs: number;
+  cacheSize: number;
   keyTouchMs: number;
   idempotencyLeaseMs: number;
   idempotencyKeepMs: number;
@@ -37,8 +38,8 @@ export const SERVICE_DEFAULTS: ServiceOptions = {
   snapshotMs: 180_000,
   leaseMs: 30_000,
   lookMs: 1_500,
-  keyCacheMs: 5_000,
-  keyCacheSize: 10_000,
+  cacheMs: 5_000,
+  cacheSize: 10_000,
   keyTouchMs: 60_000,
   idempotencyLeaseMs: 15_000,
   idempotencyKeepMs: 24 * 3_600_000,

@@ -1,90 +1,101 @@
 /**
- * Calls into a running guest: exec, files, ping. The hot path: one indexed query
- * and one call to the host. When the host says that the sandbox does not run,
- * our row was behind: it is settled and the caller told what is true.
+ * Calls into a running guest: exec, files, ping. The hot path: where a sandbox
+ * runs is known for a few seconds after it was looked up, so most calls cost
+ * nothing but the call to the host. That it still runs, the host says: when it
+ * does not, our row is settled and the caller told what is true.
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import { findSandbox, findSandboxTarget } from "../db/sandboxes.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import { settleSandbox } from "../hosts/settle.ts";
+import type { HostEndpoint } from "../db/hosts.ts";
 import type { SandboxId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
 import { noSandbox, silentHost, wrongState } from "./errors.ts";
-import type { Caller, ExecInput, ExecResult } from "./services.ts";
+import { Recent } from "./recent.ts";
+import type { Caller, ExecInput, ExecResult, Services } from "./services.ts";
 
 const WANTED = "it has to be running";
 
-export function exec(
-  deps: Deps,
-  caller: Caller,
-  id: SandboxId,
-  input: ExecInput,
-  signal: AbortSignal,
-): Promise<ExecResult> {
-  const { timeoutSec, ...command } = input;
-  return withGuest(deps, caller, id, (agent) =>
-    agent.exec(id, { ...command, timeoutMs: Math.ceil(timeoutSec * 1000) }, signal),
-  );
-}
+export class GuestCalls implements Pick<Services, "exec" | "writeFile" | "readFile" | "pingSandbox"> {
+  readonly #deps: Deps;
+  /** Where sandboxes run, by team and id: only ever those that did. */
+  readonly #known: Recent<HostEndpoint>;
 
-export function writeFile(
-  deps: Deps,
-  caller: Caller,
-  id: SandboxId,
-  path: string,
-  content: AsyncIterable<Uint8Array>,
-  signal: AbortSignal,
-): Promise<void> {
-  return withGuest(deps, caller, id, (agent) => agent.writeFile(id, path, content, signal));
-}
-
-export function readFile(
-  deps: Deps,
-  caller: Caller,
-  id: SandboxId,
-  path: string,
-  signal: AbortSignal,
-): Promise<{ sizeBytes?: number | undefined; content: AsyncIterable<Uint8Array> }> {
-  return withGuest(deps, caller, id, (agent) => agent.readFile(id, path, signal));
-}
-
-export async function pingSandbox(deps: Deps, caller: Caller, id: SandboxId): Promise<void> {
-  await withGuest(deps, caller, id, (agent) => agent.pingSandbox(id));
-}
-
-async function withGuest<T>(
-  deps: Deps,
-  caller: Caller,
-  id: SandboxId,
-  call: (agent: HostAgent) => Promise<T>,
-): Promise<T> {
-  const target = await findSandboxTarget(deps.db, caller.teamId, id);
-  if (!target) throw noSandbox();
-  if (target.status === "missing") throw silentHost();
-  if (target.status !== "running" || !target.host) throw wrongState(target.status, WANTED);
-  const agent = deps.pool.agent(target.host);
-  try {
-    return await call(agent);
-  } catch (cause) {
-    if (cause instanceof RookeryError && (cause.code === "wrong_state" || cause.code === "not_found")) {
-      throw await explain(deps, caller, id, agent, cause);
-    }
-    throw cause;
+  constructor(deps: Deps) {
+    this.#deps = deps;
+    const { cacheMs: forMs, cacheSize: size } = deps.options;
+    this.#known = new Recent({ size, forMs, now: () => deps.clock.now() });
   }
-}
 
-async function explain(
-  deps: Deps,
-  caller: Caller,
-  id: SandboxId,
-  agent: HostAgent,
-  cause: RookeryError,
-): Promise<RookeryError> {
-  const row = await findSandbox(deps.db, caller.teamId, id);
-  if (!row) return noSandbox();
-  if (row.status !== "running") return wrongState(row.status, WANTED);
-  const settled = await settleSandbox(deps, agent, row, await agent.getSandbox(id));
-  return settled.kind === "settled" && settled.row.status !== "running"
-    ? wrongState(settled.row.status, WANTED)
-    : cause;
+  exec(caller: Caller, id: SandboxId, input: ExecInput, signal: AbortSignal): Promise<ExecResult> {
+    const { timeoutSec, ...command } = input;
+    const timeoutMs = Math.ceil(timeoutSec * 1000);
+    return this.#withGuest(caller, id, (agent) => agent.exec(id, { ...command, timeoutMs }, signal));
+  }
+
+  writeFile(
+    caller: Caller,
+    id: SandboxId,
+    path: string,
+    content: AsyncIterable<Uint8Array>,
+    signal: AbortSignal,
+  ): Promise<void> {
+    return this.#withGuest(caller, id, (agent) => agent.writeFile(id, path, content, signal));
+  }
+
+  readFile(
+    caller: Caller,
+    id: SandboxId,
+    path: string,
+    signal: AbortSignal,
+  ): Promise<{ sizeBytes?: number | undefined; content: AsyncIterable<Uint8Array> }> {
+    return this.#withGuest(caller, id, (agent) => agent.readFile(id, path, signal));
+  }
+
+  async pingSandbox(caller: Caller, id: SandboxId): Promise<void> {
+    await this.#withGuest(caller, id, (agent) => agent.pingSandbox(id));
+  }
+
+  async #withGuest<T>(caller: Caller, id: SandboxId, call: (agent: HostAgent) => Promise<T>): Promise<T> {
+    const key = `${caller.teamId} ${id}`;
+    let host = this.#known.get(key);
+    if (!host) {
+      host = await this.#locate(caller, id);
+      this.#known.set(key, host);
+    }
+    const agent = this.#deps.pool.agent(host);
+    try {
+      return await call(agent);
+    } catch (cause) {
+      if (!(cause instanceof RookeryError)) throw cause;
+      if (cause.code === "host_unreachable") this.#known.delete(key);
+      if (cause.code !== "wrong_state" && cause.code !== "not_found") throw cause;
+      this.#known.delete(key);
+      throw await this.#explain(caller, id, agent, cause);
+    }
+  }
+
+  async #locate({ teamId }: Caller, id: SandboxId): Promise<HostEndpoint> {
+    const target = await findSandboxTarget(this.#deps.db, teamId, id);
+    if (!target) throw noSandbox();
+    if (target.status === "missing") throw silentHost();
+    if (target.status !== "running" || !target.host) throw wrongState(target.status, WANTED);
+    return target.host;
+  }
+
+  async #explain(
+    { teamId }: Caller,
+    id: SandboxId,
+    agent: HostAgent,
+    cause: RookeryError,
+  ): Promise<RookeryError> {
+    const row = await findSandbox(this.#deps.db, teamId, id);
+    if (!row) return noSandbox();
+    if (row.status !== "running") return wrongState(row.status, WANTED);
+    const settled = await settleSandbox(this.#deps, agent, row, await agent.getSandbox(id));
+    return settled.kind === "settled" && settled.row.status !== "running"
+      ? wrongState(settled.row.status, WANTED)
+      : cause;
+  }
 }

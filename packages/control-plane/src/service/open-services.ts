@@ -11,7 +11,7 @@ import { createSandbox } from "./create-sandbox.ts";
 import type { Deps } from "./deps.ts";
 import { destroySandbox } from "./destroy-sandbox.ts";
 import { demandPlatform } from "./errors.ts";
-import { exec, pingSandbox, readFile, writeFile } from "./guest-calls.ts";
+import { GuestCalls } from "./guest-calls.ts";
 import * as hosts from "./hosts.ts";
 import { idempotent } from "./idempotent.ts";
 import { getSandbox, list, updateSandbox } from "./look-at-sandboxes.ts";
@@ -22,6 +22,7 @@ import { createApiKey, createTeam, deleteApiKey } from "./teams-and-keys.ts";
 export function openServices(deps: Deps): Services {
   const { db } = deps;
   const keys = new Authenticator(deps);
+  const guests = new GuestCalls(deps);
   return translated({
     authenticate: (presented) => keys.authenticate(presented),
     checkReady: async () => {
@@ -38,10 +39,10 @@ export function openServices(deps: Deps): Services {
     pauseSandbox: (caller, id) => pauseSandbox(deps, caller, id),
     resumeSandbox: (caller, id) => resumeSandbox(deps, caller, id),
     destroySandbox: (caller, id) => destroySandbox(deps, caller, id),
-    pingSandbox: (caller, id) => pingSandbox(deps, caller, id),
-    exec: (caller, id, input, signal) => exec(deps, caller, id, input, signal),
-    writeFile: (caller, id, path, content, signal) => writeFile(deps, caller, id, path, content, signal),
-    readFile: (caller, id, path, signal) => readFile(deps, caller, id, path, signal),
+    pingSandbox: (caller, id) => guests.pingSandbox(caller, id),
+    exec: (caller, id, input, signal) => guests.exec(caller, id, input, signal),
+    writeFile: (caller, id, path, content, signal) => guests.writeFile(caller, id, path, content, signal),
+    readFile: (caller, id, path, signal) => guests.readFile(caller, id, path, signal),
 
     createSnapshot: (caller, input) => createSnapshot(deps, caller, input),
     listSnapshots: (caller, page) => listSnapshots(db, caller.teamId, page),
@@ -67,6 +68,7 @@ export function openServices(deps: Deps): Services {
   });
 }
 
+/* oxlint-disable typescript/no-unsafe-type-assertion -- the same functions, each wrapped: their types stay */
 function translated(services: Services): Services {
   const wrap =
     <A extends unknown[], R>(use: (...args: A) => Promise<R>) =>

@@ -7,7 +7,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import { violatedConstraint } from "../db/database.ts";
 import { findHostEndpoint } from "../db/hosts.ts";
-import { type SandboxRecord, findSandbox, raiseGeneration } from "../db/sandboxes.ts";
+import { type SandboxRecord, findSandbox } from "../db/sandboxes.ts";
 import {
   SNAPSHOT_NAME_CONSTRAINT,
   type SnapshotRecord,
@@ -31,8 +31,6 @@ export interface SnapshotInput {
 }
 
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
-/** Two snapshots of one sandbox at once may reach its host in the other order. */
-const MAX_TRIES = 5;
 
 export async function createSnapshot(deps: Deps, caller: Caller, input: SnapshotInput): Promise<Snapshot> {
   const { db, options } = deps;
@@ -50,7 +48,13 @@ export async function createSnapshot(deps: Deps, caller: Caller, input: Snapshot
     deadlineMs: options.snapshotMs + options.leaseMs,
   });
   try {
-    const made = await make(deps, caller, input.sandboxId, id, agent);
+    // The source's status stays, so its generation does too: the snapshot's id tells repetitions.
+    const operation = {
+      sandboxId: row.id,
+      generation: row.commandGeneration,
+      deadline: new Date(deps.clock.now() + options.snapshotMs),
+    };
+    const made = await agent.createSnapshot(operation, id, caller.teamId);
     const done = await db
       .transaction()
       .execute((tx) => completeSnapshot(tx, id, made, { overwrite: input.overwrite }));
@@ -96,24 +100,6 @@ async function findSource(
   const host = await findHostEndpoint(db, hostId);
   if (!host || host.status === "unreachable") throw silentHost();
   return { row: { ...row, hostId }, agent: pool.agent(host) };
-}
-
-async function make(deps: Deps, caller: Caller, id: SandboxId, snapshotId: SnapshotId, agent: HostAgent) {
-  const deadline = new Date(deps.clock.now() + deps.options.snapshotMs);
-  for (let tries = 1; ; tries++) {
-    const { row } = await findSource(deps, caller, id);
-    const raised = await raiseGeneration(deps.db, row);
-    try {
-      if (raised) {
-        const { generation } = raised;
-        return await agent.createSnapshot({ sandboxId: id, generation, deadline }, snapshotId, caller.teamId);
-      }
-    } catch (cause) {
-      const isOvertaken = cause instanceof RookeryError && cause.code === "stale_generation";
-      if (!isOvertaken || tries >= MAX_TRIES) throw cause;
-    }
-    if (tries >= MAX_TRIES) throw wrongState(row.status, "it is changed by too many at once");
-  }
 }
 
 async function discard(deps: Deps, id: SnapshotId, agent: HostAgent | undefined): Promise<void> {

@@ -2,7 +2,7 @@
 import { chmod, mkdtemp, rm } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import pg from "pg";
+import { Pool } from "pg";
 import { DEFAULT_UID, startPostgres, stopPostgres } from "../embedded-postgres.ts";
 import { MIGRATIONS_DIR, migrate, readMigrations } from "../migrate.ts";
 import { generateSchemaTypes } from "./schema-types.ts";
@@ -18,7 +18,7 @@ try {
     timeoutMs: 60_000,
     diesWithParent: true,
   });
-  const pool = new pg.Pool({ connectionString: url, max: 1 });
+  const pool = new Pool({ connectionString: url, max: 1 });
   await migrate(pool, await readMigrations(MIGRATIONS_DIR));
   await pool.end();
   await generateSchemaTypes(url, path.join(import.meta.dirname, "../schema.ts"));

@@ -8,7 +8,7 @@
 import { chmod, mkdir, mkdtemp, readdir, rm, stat } from "node:fs/promises";
 import { tmpdir } from "node:os";
 import path from "node:path";
-import pg from "pg";
+import { Client, Pool } from "pg";
 import type { TestProject } from "vitest/node";
 import { DEFAULT_UID, startPostgres, stopPostgres, postgresPid, urlOf } from "../embedded-postgres.ts";
 import { MIGRATIONS_DIR, migrate, readMigrations } from "../migrate.ts";
@@ -47,11 +47,11 @@ export default async function setup(project: TestProject): Promise<() => Promise
 }
 
 async function makeTemplate(socketDir: string): Promise<void> {
-  const admin = new pg.Client({ connectionString: urlOf(socketDir, "postgres") });
+  const admin = new Client({ connectionString: urlOf(socketDir, "postgres") });
   await admin.connect();
   await admin.query(`create database ${TEMPLATE_DATABASE}`);
   await admin.end();
-  const pool = new pg.Pool({ connectionString: urlOf(socketDir, TEMPLATE_DATABASE), max: 1 });
+  const pool = new Pool({ connectionString: urlOf(socketDir, TEMPLATE_DATABASE), max: 1 });
   await migrate(pool, await readMigrations(MIGRATIONS_DIR));
   await pool.end();
 }

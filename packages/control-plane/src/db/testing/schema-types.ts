@@ -5,10 +5,27 @@
  */
 import { Cli } from "kysely-codegen";
 
+const IDS = ["ApiKeyId", "HostId", "SandboxId", "SnapshotId", "TeamId", "TemplateId"];
 const JSON_TEXTS = "ColumnType<Readonly<Record<string, string>>, string, string>";
 
 /** What SQL's types can't say: the words of check constraints, and the shapes in JSON columns. */
 const COLUMNS: Record<string, string> = {
+  "api_keys.id": "ApiKeyId",
+  "api_keys.team_id": "TeamId",
+  "host_refresh_tokens.host_id": "HostId",
+  "host_registration_tokens.host_id": "HostId",
+  "hosts.id": "HostId",
+  "hosts.team_id": "TeamId | null",
+  "idempotency_keys.team_id": "TeamId",
+  "sandboxes.host_id": "HostId | null",
+  "sandboxes.id": "SandboxId",
+  "sandboxes.snapshot_id": "SnapshotId | null",
+  "sandboxes.team_id": "TeamId",
+  "snapshots.host_id": "HostId",
+  "snapshots.id": "SnapshotId",
+  "snapshots.team_id": "TeamId",
+  "teams.id": "TeamId",
+  "templates.id": "TemplateId",
   "api_keys.role": '"member" | "platform"',
   "hosts.type": '"shared" | "byoc"',
   "hosts.status": 'Generated<"pending" | "online" | "unreachable">',
@@ -33,7 +50,10 @@ export async function generateSchemaTypes(url: string, outFile: string): Promise
     typeOnlyImports: true,
     excludePattern: "schema_migrations",
     typeMapping: { int8: "bigint" },
-    customImports: { SandboxStatus: "../model/sandbox.ts" },
+    customImports: {
+      ...Object.fromEntries(IDS.map((id) => [id, "../model/ids.ts"])),
+      SandboxStatus: "../model/sandbox.ts",
+    },
     overrides: { columns: COLUMNS },
   });
 }

@@ -2,7 +2,7 @@
  * A database of its own for each test file, copied from the migrated template.
  */
 import { randomBytes } from "node:crypto";
-import pg from "pg";
+import { Client } from "pg";
 import { afterAll, beforeAll, inject } from "vitest";
 import { type OpenDatabase, openDatabase } from "../database.ts";
 import { urlOf } from "../embedded-postgres.ts";
@@ -46,7 +46,7 @@ async function createDatabase(name: string): Promise<string> {
 }
 
 async function asAdmin(statement: string): Promise<void> {
-  const client = new pg.Client({ connectionString: urlOf(inject("postgresSocketDir"), "postgres") });
+  const client = new Client({ connectionString: urlOf(inject("postgresSocketDir"), "postgres") });
   await client.connect();
   try {
     await client.query(statement);

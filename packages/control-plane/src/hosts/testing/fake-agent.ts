@@ -8,15 +8,18 @@
 import { type Http2Server, createServer } from "node:http2";
 import type { AddressInfo } from "node:net";
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { ConnectError, type ConnectRouter } from "@connectrpc/connect";
+import { ConnectError, type ConnectRouter, type ServiceImpl } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { ERRORS, type ErrorCode, RookeryError } from "@rookery/protocol/errors";
 import {
   ErrorInfoSchema,
   HostAgentService,
   type HostEventSchema,
+  type ReadFileRequest,
   SandboxPhase,
   type SandboxSchema,
+  type StreamEventsRequest,
+  type WriteFileRequest,
 } from "@rookery/protocol/hostagent";
 
 type Phase = keyof typeof SandboxPhase;
@@ -133,7 +136,9 @@ export class FakeAgent {
       const last = this.#last.get(id);
       if (last && generation < last.generation)
         throw new RookeryError("stale_generation", "older than known");
-      if (last?.generation === generation && last.method === method) return last.answer as T;
+      const isRepeated = last?.generation === generation && last.method === method;
+      // A snapshot leaves the generation alone: its id tells repetitions.
+      if (isRepeated && method !== "createSnapshot") return last.answer as T;
       const sandbox = this.sandboxes.get(id);
       if (sandbox) sandbox.generation = generation;
       this.#last.set(id, { method, generation, answer: undefined });
@@ -172,10 +177,8 @@ export class FakeAgent {
     };
   }
 
-  #service(): Parameters<ConnectRouter["service"]>[1] & object {
-    // oxlint-disable-next-line unicorn/no-this-assignment -- generators below have no arrow form
-    const fake = this;
-    const service: Partial<import("@connectrpc/connect").ServiceImpl<typeof HostAgentService>> = {
+  #service(): Partial<ServiceImpl<typeof HostAgentService>> {
+    return {
       createSandbox: ({ operation, source, envdAccessToken, lifetime }) =>
         this.#command("createSandbox", operation, (id, generation) => {
           const made = { phase: "RUNNING" as const, generation, source: source.value, envdAccessToken };
@@ -224,28 +227,8 @@ export class FakeAgent {
             durationMs: 1,
           };
         }),
-      async writeFile(requests) {
-        const chunks: Buffer[] = [];
-        let at = "";
-        for await (const { part } of requests) {
-          if (part.case === "start") {
-            at = `${part.value.sandboxId}:${part.value.path}`;
-            await fake.#around({ method: "writeFile", id: part.value.sandboxId }, () =>
-              fake.#has(part.value.sandboxId),
-            );
-          }
-          if (part.case === "chunk") chunks.push(Buffer.from(part.value));
-        }
-        fake.files.set(at, Buffer.concat(chunks));
-        return { sizeBytes: BigInt(fake.files.get(at)?.length ?? 0) };
-      },
-      async *readFile({ sandboxId, path }) {
-        await fake.#around({ method: "readFile", id: sandboxId }, () => fake.#in(sandboxId, "RUNNING"));
-        const file = fake.files.get(`${sandboxId}:${path}`);
-        if (!file) throw toConnectError(new RookeryError("file_not_found", "No such file"));
-        yield { sizeBytes: BigInt(file.length) };
-        for (let at = 0; at < file.length; at += 65_536) yield { chunk: file.subarray(at, at + 65_536) };
-      },
+      writeFile: (requests) => this.#writeFile(requests),
+      readFile: (request) => this.#readFile(request),
       createSnapshot: ({ operation, snapshotId }) =>
         this.#command("createSnapshot", operation, (id) => {
           this.#in(id, "RUNNING", "PAUSED");
@@ -257,26 +240,51 @@ export class FakeAgent {
           this.snapshots.delete(snapshotId);
           return {};
         }),
-      async *streamEvents({ afterNumber, follow }, { signal }) {
-        await fake.#around({ method: "streamEvents", id: "", generation: afterNumber }, () => undefined);
-        yield { logId: fake.logId };
-        for (let at = afterNumber; !signal.aborted;) {
-          const changed = fake.#changed.promise;
-          for (const event of fake.events.filter(({ number }) => number > at)) {
-            at = event.number;
-            yield { logId: fake.logId, event };
-          }
-          if (!follow) return;
-          await Promise.race([changed, new Promise((resolve) => signal.addEventListener("abort", resolve))]);
-        }
-      },
+      streamEvents: (request, { signal }) => this.#streamEvents(request, signal),
       acknowledgeEvents: ({ number }) =>
         this.#around({ method: "acknowledgeEvents", id: "", generation: number }, () => {
           this.acknowledged = number;
           return {};
         }),
     };
-    return service;
+  }
+
+  async #writeFile(requests: AsyncIterable<WriteFileRequest>) {
+    const chunks: Buffer[] = [];
+    let at = "";
+    for await (const { part } of requests) {
+      if (part.case === "start") {
+        at = `${part.value.sandboxId}:${part.value.path}`;
+        await this.#around({ method: "writeFile", id: part.value.sandboxId }, () =>
+          this.#has(part.value.sandboxId),
+        );
+      }
+      if (part.case === "chunk") chunks.push(Buffer.from(part.value));
+    }
+    this.files.set(at, Buffer.concat(chunks));
+    return { sizeBytes: BigInt(this.files.get(at)?.length ?? 0) };
+  }
+
+  async *#readFile({ sandboxId, path }: ReadFileRequest) {
+    await this.#around({ method: "readFile", id: sandboxId }, () => this.#in(sandboxId, "RUNNING"));
+    const file = this.files.get(`${sandboxId}:${path}`);
+    if (!file) throw toConnectError(new RookeryError("file_not_found", "No such file"));
+    yield { sizeBytes: BigInt(file.length) };
+    for (let at = 0; at < file.length; at += 65_536) yield { chunk: file.subarray(at, at + 65_536) };
+  }
+
+  async *#streamEvents({ afterNumber, follow }: StreamEventsRequest, signal: AbortSignal) {
+    await this.#around({ method: "streamEvents", id: "", generation: afterNumber }, () => undefined);
+    yield { logId: this.logId };
+    for (let at = afterNumber; !signal.aborted;) {
+      const changed = this.#changed.promise;
+      for (const event of this.events.filter(({ number }) => number > at)) {
+        at = event.number;
+        yield { logId: this.logId, event };
+      }
+      if (!follow) return;
+      await Promise.race([changed, new Promise((resolve) => signal.addEventListener("abort", resolve))]);
+    }
   }
 }
 
@@ -284,7 +292,7 @@ export class FakeAgent {
 export function toConnectError(cause: unknown): ConnectError {
   if (!(cause instanceof RookeryError)) return ConnectError.from(cause);
   const details = Object.fromEntries(
-    Object.entries(cause.details ?? {}).map(([key, value]) => [key, `${value as string}`]),
+    Object.entries(cause.details ?? {}).map(([key, value]) => [key, String(value)]),
   );
   return new ConnectError(cause.message, ERRORS[cause.code].rpc, undefined, [
     { desc: ErrorInfoSchema, value: { code: cause.code, details } },

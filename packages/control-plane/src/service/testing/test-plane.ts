@@ -133,6 +133,12 @@ export async function registerAgent(services: Services, caller: Caller, agent: F
   const { hostId, accessToken, refreshToken } = await services.registerHost(
     factsOf(agent, registrationToken),
   );
+  await services.heartbeat(accessToken, hostId, {
+    load: LOAD,
+    digest: "d",
+    eventLogId: agent.logId,
+    lastEventNumber: 0n,
+  });
   return { id: hostId, agent, accessToken, refreshToken };
 }
 

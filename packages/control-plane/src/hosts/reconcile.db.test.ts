@@ -1,0 +1,440 @@
+import assert from "node:assert/strict";
+import { beforeEach, expect, test } from "vitest";
+import { findHost } from "../db/hosts.ts";
+import { findSandbox, moveSandbox } from "../db/sandboxes.ts";
+import { claimOverdueSnapshots, insertSnapshot } from "../db/snapshots.ts";
+import { teamQuota } from "../db/teams.ts";
+import type { SandboxId } from "../model/ids.ts";
+import type { Caller } from "../service/services.ts";
+import {
+  DEFAULTS,
+  LOAD,
+  type TestHost,
+  type TestPlane,
+  useTestPlane,
+} from "../service/testing/test-plane.ts";
+import { DeadlineSweep } from "./deadline-sweep.ts";
+import { EventReader } from "./event-reader.ts";
+import { HostMonitor } from "./host-monitor.ts";
+import { failing, holding } from "./testing/fake-agent.ts";
+
+const openPlane = useTestPlane();
+const forever = new AbortController().signal;
+let plane: TestPlane;
+let host: TestHost;
+let caller: Caller;
+let monitor: HostMonitor;
+let sweep: DeadlineSweep;
+
+beforeEach(async () => {
+  plane = await openPlane();
+  // One host and nothing else to do: tests of a file share its database.
+  await plane.deps.db
+    .updateTable("hosts")
+    .set({ draining: true, next_check_at: new Date("2100-01-01") })
+    .execute();
+  await plane.deps.db
+    .updateTable("cluster")
+    .set({ receptive_since: new Date(0), receptive_at: new Date() })
+    .execute();
+  host = await plane.newHost();
+  caller = await plane.newCaller();
+  monitor = new HostMonitor(plane.deps, { everyMs: 0, silentMs: 90_000, limitMs: 1_000, batch: 50 });
+  sweep = new DeadlineSweep(plane.deps, { batch: 50, leaseMs: 30_000, againMs: 0, silentAgainMs: 60_000 });
+});
+
+const create = async (): Promise<SandboxId> => (await plane.services.createSandbox(caller, DEFAULTS)).id;
+const rowOf = async (id: SandboxId) => {
+  const row = await findSandbox(plane.deps.db, caller.teamId, id);
+  assert.ok(row);
+  return row;
+};
+const hostRow = async () => findHost(plane.deps.db, "all", host.id);
+const fakeOf = (id: SandboxId) => {
+  const fake = host.agent.sandboxes.get(id);
+  assert.ok(fake);
+  return fake;
+};
+const silence = (ms: number) =>
+  plane.deps.db
+    .updateTable("hosts")
+    .set({ last_heartbeat_at: new Date(Date.now() - ms) })
+    .where("id", "=", host.id)
+    .execute();
+const beat = () =>
+  plane.services.heartbeat(host.accessToken, host.id, {
+    load: LOAD,
+    digest: "d",
+    eventLogId: host.agent.logId,
+    lastEventNumber: 0n,
+  });
+/** A row whose replica died while a host was at it. */
+async function abandon(id: SandboxId, event: "pause" | "resume" | "destroy"): Promise<void> {
+  assert.ok(await moveSandbox(plane.deps.db, await rowOf(id), event, { deadlineMs: -1 }));
+}
+const makeOverdue = (id: SandboxId) =>
+  plane.deps.db
+    .updateTable("sandboxes")
+    .set({ operation_deadline: new Date(0) })
+    .where("id", "=", id)
+    .execute();
+
+test("a host that went silent is unreachable, its running sandboxes missing, and all returns with it", async () => {
+  const running = await create();
+  const paused = await create();
+  await plane.services.pauseSandbox(caller, paused);
+  await silence(91_000);
+  await monitor.round(forever);
+  assert.equal((await hostRow())?.status, "unreachable");
+  assert.equal((await rowOf(running)).status, "missing");
+  assert.equal((await rowOf(paused)).status, "paused");
+  await assert.rejects(plane.services.pingSandbox(caller, running), { code: "host_unreachable" });
+  await beat();
+  await monitor.round(forever);
+  assert.equal((await hostRow())?.status, "online");
+  assert.equal((await rowOf(running)).status, "running");
+});
+
+test("no host is given up right after an outage of ours", async () => {
+  const id = await create();
+  await silence(3_600_000);
+  await plane.deps.db
+    .updateTable("cluster")
+    .set({ receptive_at: new Date(Date.now() - 3_600_000) })
+    .execute();
+  await monitor.round(forever);
+  assert.equal((await hostRow())?.status, "online");
+  assert.equal((await rowOf(id)).status, "running");
+});
+
+test("a missing sandbox whose destroy was asked for is destroyed when its host returns", async () => {
+  const id = await create();
+  await silence(91_000);
+  await monitor.round(forever);
+  await plane.services.destroySandbox(caller, id);
+  assert.equal((await rowOf(id)).status, "stopping");
+  await makeOverdue(id);
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "stopping", "nobody can say that it is gone");
+  await beat();
+  await makeOverdue(id);
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "stopped");
+  assert.ok(!host.agent.sandboxes.has(id));
+});
+
+test("rows become what their host says: paused, gone, or dead with the reason", async () => {
+  const [paused, gone, dead, well, lost] = [
+    await create(),
+    await create(),
+    await create(),
+    await create(),
+    await create(),
+  ];
+  await plane.services.pauseSandbox(caller, lost);
+  fakeOf(paused).phase = "PAUSED";
+  host.agent.sandboxes.delete(gone);
+  fakeOf(dead).phase = "FAILED";
+  fakeOf(dead).exit = { code: "out_of_disk", message: "the guest's disk is full" };
+  host.agent.sandboxes.delete(lost);
+  await monitor.round(forever);
+  assert.equal((await rowOf(paused)).status, "paused");
+  assert.equal((await rowOf(gone)).status, "stopped");
+  assert.deepEqual((await rowOf(dead)).error, { code: "out_of_disk", message: "the guest's disk is full" });
+  assert.ok(!host.agent.sandboxes.has(dead), "what was left of it was released");
+  assert.equal((await rowOf(well)).status, "running");
+  assert.equal((await rowOf(lost)).status, "error");
+  assert.equal((await teamQuota(plane.deps.db, caller.teamId))?.live, 2);
+});
+
+test("what moved while the host was asked is left for the next round", async () => {
+  const id = await create();
+  const hold = holding("listSandboxes");
+  host.agent.after = hold.hook;
+  const round = monitor.round(forever);
+  await hold.arrived;
+  // The answer on its way says "running".
+  await plane.services.pauseSandbox(caller, id);
+  const born = await create();
+  hold.release();
+  await round;
+  assert.equal((await rowOf(id)).status, "paused");
+  assert.equal((await rowOf(born)).status, "running");
+  assert.ok(host.agent.sandboxes.has(born));
+});
+
+test("work under way is not judged by the monitor", async () => {
+  const hold = holding("createSandbox");
+  host.agent.before = hold.hook;
+  const creating = create();
+  await hold.arrived;
+  await monitor.round(forever);
+  hold.release();
+  assert.equal((await rowOf(await creating)).status, "running");
+});
+
+test("a VM whose row is final, or names another host, is destroyed", async () => {
+  const id = await create();
+  await moveSandbox(plane.deps.db, await rowOf(id), "died", { error: { code: "internal", message: "x" } });
+  await monitor.round(forever);
+  assert.ok(!host.agent.sandboxes.has(id));
+
+  const elsewhere = await create();
+  const other = await plane.newHost();
+  await plane.deps.db
+    .updateTable("sandboxes")
+    .set({ host_id: other.id })
+    .where("id", "=", elsewhere)
+    .execute();
+  other.agent.sandboxes.set(elsewhere, { ...fakeOf(elsewhere) });
+  await monitor.round(forever);
+  assert.ok(!host.agent.sandboxes.has(elsewhere));
+  assert.ok(other.agent.sandboxes.has(elsewhere));
+  assert.equal((await rowOf(elsewhere)).status, "running");
+});
+
+test("a sandbox that no row knows is left alone, and reported loudly", async () => {
+  const id = await create();
+  const stranger = "sbstranger0000000000";
+  host.agent.sandboxes.set(stranger, { ...fakeOf(id) });
+  await monitor.round(forever);
+  assert.ok(host.agent.sandboxes.has(stranger));
+  const report = plane.log.find(({ level }) => level === "error");
+  assert.deepEqual(report?.facts["sandboxes"], [stranger]);
+});
+
+test("a host that knows newer generations than the database is not commanded: the database is the old one", async () => {
+  const id = await create();
+  fakeOf(id).generation = 99n;
+  fakeOf(id).phase = "FAILED";
+  await monitor.round(forever);
+  assert.equal((await rowOf(id)).status, "running");
+  assert.ok(host.agent.sandboxes.has(id));
+  assert.ok(plane.log.some(({ level, words }) => level === "error" && /older backup/.test(words)));
+});
+
+test("a hung host delays only itself", async () => {
+  const other = await plane.newHost();
+  const hold = holding("listSandboxes");
+  host.agent.before = hold.hook;
+  await monitor.round(forever);
+  assert.equal(other.agent.callsOf("listSandboxes").length, 1);
+  assert.ok(plane.log.some(({ facts }) => facts["host"] === host.id));
+  hold.release();
+});
+
+test("each due host is checked by one replica", async () => {
+  const slow = { everyMs: 60_000, silentMs: 90_000, limitMs: 1_000, batch: 50 };
+  const monitors = Array.from({ length: 4 }, () => new HostMonitor(plane.deps, slow));
+  await Promise.all(monitors.map((each) => each.round(forever)));
+  assert.equal(host.agent.callsOf("listSandboxes").length, 1);
+});
+
+test("the sweep settles a create whose replica died, whatever the host made of it", async () => {
+  const [made, never, failed] = [await create(), await create(), await create()];
+  const { db } = plane.deps;
+  const backToStarting = {
+    status: "starting",
+    generation: 1n,
+    operation_deadline: new Date(0),
+    started_at: null,
+  } as const;
+  for (const id of [made, never, failed]) {
+    await db.updateTable("sandboxes").set(backToStarting).where("id", "=", id).execute();
+  }
+  host.agent.sandboxes.delete(never);
+  fakeOf(failed).phase = "FAILED";
+  fakeOf(failed).exit = { code: "guest_error", message: "the kernel panicked" };
+  await sweep.round();
+  assert.equal((await rowOf(made)).status, "running");
+  assert.ok((await rowOf(made)).startedAt);
+  assert.deepEqual([(await rowOf(never)).status, (await rowOf(never)).error?.code], ["error", "host_error"]);
+  assert.equal((await rowOf(failed)).error?.message, "the kernel panicked");
+  assert.ok(!host.agent.sandboxes.has(failed));
+  assert.equal((await teamQuota(db, caller.teamId))?.live, 1);
+});
+
+test("a create that reaches its host after the sweep gave it up makes nothing", async () => {
+  const hold = holding("createSandbox");
+  host.agent.before = hold.hook;
+  const creating = create();
+  await hold.arrived;
+  const { items } = await plane.services.listSandboxes(caller, {
+    statuses: ["starting"],
+    metadata: {},
+    limit: 1,
+  });
+  const id = items[0]?.id as SandboxId;
+  await makeOverdue(id);
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "error");
+  hold.release();
+  await assert.rejects(creating, { code: "wrong_state" });
+  assert.ok(!host.agent.sandboxes.has(id));
+});
+
+test("a create that its host is still at is looked at again, not given up", async () => {
+  const id = await create();
+  const backToStarting = { status: "starting", generation: 1n, operation_deadline: new Date(0) } as const;
+  await plane.deps.db.updateTable("sandboxes").set(backToStarting).where("id", "=", id).execute();
+  fakeOf(id).phase = "STARTING";
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "starting");
+  fakeOf(id).phase = "RUNNING";
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "running");
+});
+
+test("the sweep settles pauses, resumes and destroys that were cut short", async () => {
+  const [notPaused, isPaused, notResumed, isResumed, toEnd] = [
+    await create(),
+    await create(),
+    await create(),
+    await create(),
+    await create(),
+  ];
+  await plane.services.pauseSandbox(caller, notResumed);
+  await plane.services.pauseSandbox(caller, isResumed);
+  await abandon(notPaused, "pause");
+  await abandon(isPaused, "pause");
+  fakeOf(isPaused).phase = "PAUSED";
+  await abandon(notResumed, "resume");
+  await abandon(isResumed, "resume");
+  fakeOf(isResumed).phase = "RUNNING";
+  await abandon(toEnd, "destroy");
+  await sweep.round();
+  const shown = async (id: SandboxId) => [(await rowOf(id)).status, (await rowOf(id)).error?.message];
+  assert.deepEqual(await shown(notPaused), ["running", "The pause did not happen."]);
+  assert.deepEqual(await shown(isPaused), ["paused", undefined]);
+  assert.deepEqual(await shown(notResumed), ["paused", "The resume did not happen."]);
+  assert.deepEqual(await shown(isResumed), ["running", undefined]);
+  assert.deepEqual(await shown(toEnd), ["stopped", undefined]);
+  assert.ok(!host.agent.sandboxes.has(toEnd));
+});
+
+test("work on a host that went silent is missing until the host says what became of it", async () => {
+  const id = await create();
+  await abandon(id, "pause");
+  await plane.deps.db.updateTable("hosts").set({ status: "unreachable" }).where("id", "=", host.id).execute();
+  await sweep.round();
+  assert.equal((await rowOf(id)).status, "missing");
+  fakeOf(id).phase = "PAUSED";
+  await beat();
+  await monitor.round(forever);
+  assert.equal((await rowOf(id)).status, "paused");
+});
+
+test("a sandbox that no host took in time is an error", async () => {
+  const id = await create();
+  const pending = { status: "pending", host_id: null, operation_deadline: new Date(0) } as const;
+  await plane.deps.db.updateTable("sandboxes").set(pending).where("id", "=", id).execute();
+  await sweep.round();
+  assert.deepEqual([(await rowOf(id)).status, (await rowOf(id)).error?.code], ["error", "no_capacity"]);
+});
+
+test("what can't be settled now is overdue again, and the others are not held up", async () => {
+  const [stuck, free] = [await create(), await create()];
+  await abandon(stuck, "destroy");
+  await abandon(free, "pause");
+  host.agent.before = failing("destroySandbox", "host_error");
+  await sweep.round();
+  assert.equal((await rowOf(stuck)).status, "stopping");
+  assert.ok((await rowOf(stuck)).operationDeadline);
+  assert.equal((await rowOf(free)).status, "running");
+});
+
+test("a snapshot that was cut short is deleted on its host and forgotten", async () => {
+  const id = plane.deps.ids.snapshot();
+  host.agent.snapshots.add(id);
+  const shape = { vcpus: 1, memoryMb: 512, diskMb: 4096 };
+  await insertSnapshot(plane.deps.db, {
+    id,
+    teamId: caller.teamId,
+    name: "half",
+    hostId: host.id,
+    ...shape,
+    deadlineMs: -1,
+  });
+  await sweep.round();
+  assert.ok(!host.agent.snapshots.has(id));
+  assert.deepEqual(await claimOverdueSnapshots(plane.deps.db, { limit: 10, leaseMs: 0 }), []);
+});
+
+function openReader(name: string): EventReader {
+  return new EventReader(plane.deps, { reader: name, leaseMs: 10_000, maxHosts: 100, againMs: 10 });
+}
+
+test("what a host did by itself reaches the row, and is acknowledged after", async () => {
+  const [paused, dead, ended] = [await create(), await create(), await create()];
+  const reader = openReader("replica-a");
+  await reader.round();
+  try {
+    host.agent.emit({ sandboxId: paused, kind: "paused", reason: "expired" }, "PAUSED");
+    fakeOf(dead).exit = { code: "guest_error", message: "panic" };
+    host.agent.emit({ sandboxId: dead, kind: "failed", reason: "guest_crashed", message: "panic" }, "FAILED");
+    host.agent.emit({ sandboxId: ended, kind: "stopped", reason: "expired" });
+    await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(3n);
+    assert.equal((await rowOf(paused)).status, "paused");
+    assert.deepEqual((await rowOf(dead)).error, { code: "guest_error", message: "panic" });
+    assert.equal((await rowOf(ended)).status, "stopped");
+    assert.ok(!host.agent.sandboxes.has(dead));
+    assert.equal((await beat()).acknowledgedEvent, 3n);
+  } finally {
+    await reader.close();
+  }
+});
+
+test("an event of an older command does nothing but count as read", async () => {
+  const id = await create();
+  host.agent.emit({ sandboxId: id, kind: "paused", generation: 1n }, "RUNNING");
+  await plane.services.pauseSandbox(caller, id);
+  await plane.services.resumeSandbox(caller, id);
+  const reader = openReader("replica-a");
+  await reader.round();
+  await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(1n);
+  await reader.close();
+  assert.equal((await rowOf(id)).status, "running");
+});
+
+test("events that nobody read are read later, each once, by another replica too", async () => {
+  const ids = [await create(), await create(), await create()];
+  const [first, second] = [openReader("replica-a"), openReader("replica-b")];
+  await first.round();
+  host.agent.emit({ sandboxId: ids[0] as string, kind: "paused", reason: "expired" }, "PAUSED");
+  await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(1n);
+  await second.round();
+  assert.equal(host.agent.callsOf("streamEvents").length, 1, "one reader at a time");
+  await first.close();
+  host.agent.emit({ sandboxId: ids[1] as string, kind: "paused", reason: "expired" }, "PAUSED");
+  await second.round();
+  await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(2n);
+  assert.equal(host.agent.callsOf("streamEvents").at(-1)?.generation, 1n, "from where the first one was");
+  await second.close();
+  assert.equal((await rowOf(ids[1] as SandboxId)).status, "paused");
+});
+
+test("a stream that breaks is opened again, from the last number read", async () => {
+  const id = await create();
+  const reader = openReader("replica-a");
+  await reader.round();
+  await expect.poll(() => host.agent.callsOf("streamEvents").length).toBe(1);
+  host.agent.hangUp();
+  host.agent.emit({ sandboxId: id, kind: "paused", reason: "expired" }, "PAUSED");
+  await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(1n);
+  await reader.close();
+});
+
+test("a host whose log was lost is read from the new log's beginning", async () => {
+  const [before, after] = [await create(), await create()];
+  const reader = openReader("replica-a");
+  await reader.round();
+  host.agent.emit({ sandboxId: before, kind: "paused", reason: "expired" }, "PAUSED");
+  await expect.poll(() => host.agent.acknowledged, { timeout: 5_000 }).toBe(1n);
+  await reader.close();
+  host.agent.logId = "log-2";
+  host.agent.events.length = 0;
+  host.agent.emit({ sandboxId: after, kind: "paused", reason: "expired" }, "PAUSED");
+  await reader.round();
+  await expect.poll(async () => (await rowOf(after)).status, { timeout: 5_000 }).toBe("paused");
+  await reader.close();
+});
