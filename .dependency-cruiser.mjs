@@ -34,7 +34,7 @@ export default {
     {
       name: "declared-dependencies",
       severity: "error",
-      from: { path: "^packages/", pathNot: tests },
+      from: { path: "^packages/[^/]+/src/", pathNot: tests },
       to: { dependencyTypes: ["npm-dev", "npm-no-pkg", "npm-unknown", "unknown"] },
     },
     {
