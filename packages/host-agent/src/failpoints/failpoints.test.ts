@@ -14,16 +14,16 @@ const known = failpointNames({ create: [{ name: "thaw" }] });
 
 test("unarmed failpoints do nothing", () => {
   const failpoints = new Failpoints({ known });
-  failpoints.reach("create.thaw.before");
+  void failpoints.reach("create.thaw.before");
   expect([...failpoints.hits]).toEqual([]);
 });
 
 test("a specification fails as often as it says, and hits are written down", () => {
   const hitsFile = join(dir, "hits");
   const failpoints = new Failpoints({ known, specification: "create.thaw.after=error*1", hitsFile });
-  failpoints.reach("create.thaw.before");
+  void failpoints.reach("create.thaw.before");
   expect(() => failpoints.reach("create.thaw.after")).toThrow("failpoint create.thaw.after");
-  failpoints.reach("create.thaw.after");
+  void failpoints.reach("create.thaw.after");
   expect(readFileSync(hitsFile, "utf8").split("\n").filter(Boolean)).toEqual([
     "create.thaw.before",
     "create.thaw.after",
@@ -34,10 +34,10 @@ test("a specification fails as often as it says, and hits are written down", () 
 test("a control file arms at run time, and is used up", () => {
   const controlFile = join(dir, "failpoints.json");
   const failpoints = new Failpoints({ known, controlFile });
-  failpoints.reach("create.thaw.before");
+  void failpoints.reach("create.thaw.before");
   writeFileSync(controlFile, JSON.stringify({ "create.thaw.before": "error*1" }));
   expect(() => failpoints.reach("create.thaw.before")).toThrow("failpoint");
-  failpoints.reach("create.thaw.before");
+  void failpoints.reach("create.thaw.before");
   expect(JSON.parse(readFileSync(controlFile, "utf8"))).toEqual({ "create.thaw.before": "error*0" });
 });
 

@@ -22,12 +22,12 @@ const FORWARD = /^(created|retire|resumed|snapshot-done)\./;
 
 let root: string;
 const reached = new Set<string>();
-const undos: { step: Step<never>; undo: NonNullable<Step<never>["undo"]> }[] = [];
+const undos: { step: Step<never>; undo: Step<never>["undo"] }[] = [];
 
 beforeAll(() => {
   for (const steps of Object.values(OPERATIONS) as Step<never>[][]) {
     for (const step of steps) {
-      const { undo } = step;
+      const undo = step.undo?.bind(step);
       if (undo === undefined || undos.some((known) => known.step === step)) continue;
       undos.push({ step, undo });
       step.undo = async (ctx, signal) => {

@@ -6,7 +6,7 @@
  */
 import { rmSync } from "node:fs";
 import { RookeryError } from "@rookery/protocol/errors";
-import fc from "fast-check";
+import * as fc from "fast-check";
 import { expect, test } from "vitest";
 import type { SandboxId, SnapshotId } from "../ids.ts";
 import { openCore } from "./index.ts";

@@ -1,4 +1,4 @@
-import { rmSync, writeFileSync } from "node:fs";
+import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import type { HostEvent } from "./sandbox.ts";
@@ -30,7 +30,8 @@ async function eventsOf({ manager }: Stage): Promise<HostEvent[]> {
   return await Array.fromAsync(manager.events.read({ after: 0n, follow: false, signal }));
 }
 
-const prepare = (name: string) => SCENARIOS.find((scenario) => scenario.name === name)!.prepare;
+const prepare = (name: string) => (stage: Stage) =>
+  SCENARIOS.find((scenario) => scenario.name === name)!.prepare(stage);
 
 test("an agent that is started again has all its sandboxes", async () => {
   const first = await start();
@@ -63,6 +64,23 @@ test("after a restart of the host what ran has failed, and what was paused can b
   await expectOldIntact(second);
   expectNothingLeaked(second);
   await destroyEverything(second);
+});
+
+test("what bears our mark and belongs to nobody goes", async () => {
+  const first = await start();
+  await prepare("create")(first);
+  const before = first.machine.traces();
+  const orphan = "vm0000000000000000";
+  mkdirSync(join(root, "data", "vms", orphan, "run"), { recursive: true });
+  mkdirSync(join(root, "sockets", orphan));
+  mkdirSync(join(root, "data", "layers", "ly0000000000000000"));
+  mkdirSync(join(root, "data", "snapshots", "snap-00000000000000000000", "layer"), { recursive: true });
+  mkdirSync(join(root, "data", "sandboxes", NEW, "disk"), { recursive: true });
+  writeFileSync(join(root, "host", "networks", "33"), "");
+  writeFileSync(join(root, "host", "cgroups", `rookery-test_${orphan}`), "");
+  const second = await start();
+  expect(second.machine.traces()).toEqual(before);
+  await expectOldIntact(second);
 });
 
 test("a record that cannot be read is set aside, and the others are not harmed by it", async () => {

@@ -8,10 +8,10 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import type { SandboxId, SnapshotId, WarmKey } from "../ids.ts";
-import type { OperationKind, Outcome, SnapshotRecord } from "../journal/records.ts";
+import type { OperationKind, SnapshotRecord } from "../journal/records.ts";
 import type { Places } from "../vm-pool/places.ts";
 import { requireMemory, requireRoom } from "./capacity.ts";
-import { deadlineSignal } from "./clock.ts";
+import { notFound, repetitionOf, runCommand, staleGeneration, type AtWork } from "./commands.ts";
 import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
 import { randomHex } from "./new-ids.ts";
@@ -32,9 +32,6 @@ import { viewOfSandbox } from "./views.ts";
 import type { WarmImage } from "./warm-images.ts";
 import { keepInPool } from "./keep-in-pool.ts";
 import { flattenLater, type Watches } from "./watches.ts";
-
-/** Work under its limit; what may wait for minutes (a warm image being built) is done outside. */
-type AtWork = <T>(work: () => Promise<T>) => Promise<T>;
 
 export class SandboxManager implements SandboxOperations {
   readonly #core: Core;
@@ -72,7 +69,7 @@ export class SandboxManager implements SandboxOperations {
     this.#requireOpen(operation);
     const existing = core.sandboxes.get(spec.id);
     if (existing !== undefined) {
-      return await (this.#repetition(existing, "create", operation) ?? Promise.reject(alreadyExists()));
+      return await (repetitionOf(core, existing, "create", operation) ?? Promise.reject(alreadyExists()));
     }
     this.#refuseDead(operation);
     requireRoom(core);
@@ -93,7 +90,8 @@ export class SandboxManager implements SandboxOperations {
       { maxQueued: core.deps.config.maxQueuedPerSandbox, nowMs },
     );
     core.sandboxes.set(spec.id, entry);
-    return await this.#command(
+    return await runCommand(
+      core,
       entry,
       "create",
       operation,
@@ -115,7 +113,7 @@ export class SandboxManager implements SandboxOperations {
       await core.tombstones.add({ id, generation, destroyedAtMs: core.deps.clock.nowMs() });
       return;
     }
-    const repeated = this.#repetition(entry, "destroy", operation);
+    const repeated = repetitionOf(core, entry, "destroy", operation);
     if (repeated !== undefined) {
       await repeated;
       return;
@@ -125,7 +123,9 @@ export class SandboxManager implements SandboxOperations {
         details: { status: "stopping" },
       }),
     );
-    await this.#command(entry, "destroy", operation, (_signal, atWork) => atWork(() => destroy(core, entry)));
+    await runCommand(core, entry, "destroy", operation, (_signal, atWork) =>
+      atWork(() => destroy(core, entry)),
+    );
   }
 
   async pause(operation: Operation): Promise<SandboxView> {
@@ -268,99 +268,15 @@ export class SandboxManager implements SandboxOperations {
     operation: Operation,
     work: (entry: SandboxEntry, signal: AbortSignal, atWork: AtWork) => Promise<void>,
   ): Promise<SandboxView> {
+    const core = this.#core;
     this.#requireOpen(operation);
-    const entry = this.#core.sandboxes.get(operation.sandboxId);
+    const entry = core.sandboxes.get(operation.sandboxId);
     if (entry === undefined) {
       this.#refuseDead(operation);
       throw notFound();
     }
-    return await (this.#repetition(entry, kind, operation) ??
-      this.#command(entry, kind, operation, (signal, atWork) => work(entry, signal, atWork)));
-  }
-
-  /** The answer to a command that was given before; undefined for a new one. */
-  #repetition(
-    entry: SandboxEntry,
-    kind: OperationKind,
-    operation: Operation,
-  ): Promise<SandboxView> | undefined {
-    const { generation, last } = entry.record;
-    if (operation.generation > generation) return undefined;
-    if (operation.generation < generation) return Promise.reject(staleGeneration());
-    // A snapshot leaves the source's state, and its generation, alone: its id tells repetitions.
-    if (kind === "snapshot" || last === undefined || last.kind === "snapshot") return undefined;
-    if (last.generation !== generation) return undefined;
-    const { underWay } = entry;
-    if (underWay?.kind === kind && underWay.generation === generation) return underWay.promise;
-    if (kind === "destroy") return undefined; // as long as it is here, destroying it is to be done
-    if (last.kind !== kind) return Promise.reject(staleGeneration());
-    if (last.error !== undefined)
-      return Promise.reject(new RookeryError(last.error.code, last.error.message));
-    return viewOfSandbox(this.#core, entry);
-  }
-
-  async #command(
-    entry: SandboxEntry,
-    kind: OperationKind,
-    operation: Operation,
-    work: (signal: AbortSignal, atWork: AtWork) => Promise<void>,
-    onFailure?: (error: RookeryError) => Promise<void>,
-  ): Promise<SandboxView> {
-    const core = this.#core;
-    const { clock } = core.deps;
-    const { generation } = operation;
-    entry.queue.requireRoom();
-    const abort = new AbortController();
-    const queued = entry.queue.run(async () => {
-      if (core.sandboxes.get(entry.id) !== entry) {
-        if (kind === "destroy") return await viewOfSandbox(core, entry);
-        throw notFound();
-      }
-      using limit = deadlineSignal(
-        clock,
-        operation.deadlineUnixMs - clock.nowMs(),
-        () => new RookeryError("timeout", `the ${kind} was not done in time`),
-        [abort.signal],
-      );
-      const { signal } = limit;
-      try {
-        signal.throwIfAborted();
-        if (generation < entry.record.generation) throw staleGeneration();
-        await work(signal, (atWork) => core.workLimit.run(atWork, signal));
-      } catch (cause) {
-        const error = asRookeryError(cause, signal);
-        await onFailure?.(error);
-        if (!(cause instanceof RookeryError))
-          core.deps.logger.error({ err: cause, kind }, "unexpected failure");
-        await this.#recordFailure(entry, {
-          kind,
-          generation,
-          error: { code: error.code, message: error.message },
-        });
-        throw error;
-      }
-      return await viewOfSandbox(core, entry);
-    });
-    entry.set({ generation, last: { kind, generation } });
-    const underWay = { kind, generation, promise: queued, abort };
-    entry.underWay = underWay;
-    try {
-      return await queued;
-    } finally {
-      if (entry.underWay === underWay) entry.underWay = undefined;
-    }
-  }
-
-  /** So that a repetition of the command is answered, also after a restart of the agent. */
-  async #recordFailure(entry: SandboxEntry, outcome: Outcome): Promise<void> {
-    if (this.#core.sandboxes.get(entry.id) !== entry) return;
-    if (entry.record.last?.generation !== outcome.generation) return; // a later command came
-    entry.set({ last: outcome });
-    try {
-      await persist(this.#core, entry, { durable: false });
-    } catch (cause) {
-      this.#core.deps.logger.error({ sandboxId: entry.id, err: cause }, "a failure was not written down");
-    }
+    return await (repetitionOf(core, entry, kind, operation) ??
+      runCommand(core, entry, kind, operation, (signal, atWork) => work(entry, signal, atWork)));
   }
 
   async #sourceOf(
@@ -439,12 +355,6 @@ export class SandboxManager implements SandboxOperations {
   }
 }
 
-function notFound(): RookeryError {
-  return new RookeryError("not_found", "there is no such sandbox here");
-}
 function alreadyExists(): RookeryError {
   return new RookeryError("already_exists", "a sandbox of this id is here already");
-}
-function staleGeneration(): RookeryError {
-  return new RookeryError("stale_generation", "a newer command for this sandbox was accepted before");
 }

@@ -125,15 +125,20 @@ export const snapshotRunningSteps: readonly Step<SnapshotContext>[] = [
     },
   },
   {
-    name: "switch-disk-top",
-    async run({ core, entry, next }, signal) {
+    name: "journal-switching",
+    async run({ core, entry }) {
       entry.set({ fork: { ...entry.record.fork!, switching: true } });
       await persist(core, entry, { durable: false });
-      await entry.placed!.vm.switchDiskTop(next!, signal);
     },
     // Whether it switched or not, from here on it has: see `finishFork`.
     async undo({ core, entry }, signal) {
       await finishFork(core, entry, signal);
+    },
+  },
+  {
+    name: "switch-disk-top",
+    async run({ entry, next }, signal) {
+      await entry.placed!.vm.switchDiskTop(next!, signal);
     },
   },
   {

@@ -10,6 +10,7 @@ import type { Core, SandboxEntry } from "./core.ts";
 import { newEvent, reportPendingEvent, persist } from "./core.ts";
 import { isExpired } from "./expiry.ts";
 import { destroy, end, endAgain, flattenIfDue, pause, retire, settleFork } from "./operations.ts";
+import { dropOtherLayers } from "./pause.ts";
 import { settle } from "./settle.ts";
 
 /** After an expiry that failed. */
@@ -131,6 +132,8 @@ async function tidyOne(core: Core, entry: SandboxEntry, signal: AbortSignal): Pr
       if (vm.state === "exited") return await end(core, entry, await vm.exited);
       await settleFork(core, entry, signal);
       if (vm.state === "frozen") await vm.unfreeze(signal);
+      await dropOtherLayers(core, entry);
+      await core.pool.dropOwnDisk(entry.placed!);
       await reportPendingEvent(core, entry);
       await persist(core, entry, { durable: false });
       entry.unfinished = false;

@@ -1,6 +1,8 @@
 /**
  * What must hold on a simulated machine, whatever failed or died before.
  */
+import { readdirSync, statSync } from "node:fs";
+import { join } from "node:path";
 import { expect } from "vitest";
 import { OLD, type Stage } from "./scenarios.ts";
 import { operationOf, sandboxId, specOf } from "./simulated-machine.ts";
@@ -33,7 +35,17 @@ export function expectNothingLeaked({ core, machine }: Stage): void {
   );
   expect([...new Set(namesIn("data/layers/"))].sort()).toEqual([...layers].sort());
   for (const process of machine.processes.all()) expect(process.corrupt).toBe(false);
+  for (const { disk, placed } of live) {
+    // The VM writes to the file that the manifest names, and to no layer.
+    const top = statSync(join(disk!.dir, `top-${disk!.chain.length}`));
+    const attached = machine.processes.get(placed!.vm.record.pid)!.disk;
+    expect(attached.kind === "file-chain" && attached.nodes[0]?.file).toBe(`disk-${top.ino}`);
+  }
   for (const { record, phase } of core.sandboxes.values()) {
+    const files = readdirSync(core.journal.sandboxDir(record.spec.id));
+    expect(files.filter((name) => name.startsWith("layer-"))).toEqual(
+      record.layer ? [record.layer.name] : [],
+    );
     expect(["running", "paused", "failed"]).toContain(phase);
     expect(record.fork).toBeUndefined();
     if (phase !== "running") expect(record.vm).toBeUndefined();

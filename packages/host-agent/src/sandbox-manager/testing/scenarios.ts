@@ -4,7 +4,7 @@
  * and disk can be trusted afterwards.
  */
 import type { Core } from "../core.ts";
-import { OPERATIONS } from "../operations.ts";
+import type { OPERATIONS } from "../operations.ts";
 import type { SandboxManager } from "../sandbox-manager.ts";
 import { operationOf, sandboxId, snapshotId, specOf, type SimulatedMachine } from "./simulated-machine.ts";
 
