@@ -5,7 +5,8 @@
 import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
-import { readFileSync } from "node:fs";
+import { createHash } from "node:crypto";
+import { closeSync, openSync, readFileSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -61,6 +62,49 @@ export class Product {
     const pid = this.pid(name);
     process.kill(pid, "SIGKILL");
     await eventually(`${name} (${pid}) is gone`, 10_000, () => (isAlive(pid) ? undefined : true));
+  }
+
+  /** What `up` does for a dead agent, without its looking at everything else first. */
+  async restartAgent(): Promise<void> {
+    const { dataDir, agentPort, env } = this.options;
+    const log = openSync(join(dataDir, "logs", "agent.log"), "a");
+    const child = spawn(
+      process.execPath,
+      [
+        join(repoDir, "packages/host-agent/dist/rookery-agent.mjs"),
+        "serve",
+        "--address",
+        `127.0.0.1:${agentPort}`,
+      ],
+      {
+        cwd: "/",
+        env: {
+          ...process.env,
+          ...env,
+          ROOKERY_AGENT_DATA: this.agentDataDir,
+          ROOKERY_RUNTIME_DIR: `/run/rookery-${createHash("sha256").update(dataDir).digest("hex").slice(0, 8)}/agent`,
+        },
+        detached: true,
+        stdio: ["ignore", log, log],
+      },
+    );
+    closeSync(log);
+    child.unref();
+    writeFileSync(join(dataDir, "run", "agent.pid"), `${child.pid}\n`);
+    const api = this.api();
+    const since = Date.now();
+    await eventually("the agent's heartbeat", 60_000, async () => {
+      const { items } = await api.must<{ items: { status: string; last_heartbeat_at?: string }[] }>(
+        200,
+        "GET",
+        "/v1/hosts",
+      );
+      return items.some(
+        (host) => host.status === "online" && Date.parse(host.last_heartbeat_at ?? "") >= since,
+      )
+        ? true
+        : undefined;
+    });
   }
 
   async #script(name: string, args: string[], env: Record<string, string>): Promise<string> {
