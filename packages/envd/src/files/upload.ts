@@ -65,6 +65,8 @@ function decodedBody(request: IncomingMessage): Readable {
   const gunzip = createGunzip();
   // A broken request breaks what reads from it; a reader's failure is for its caller to answer.
   request.once("error", (error) => gunzip.destroy(error));
+  // It may fail before anybody reads from it; who reads then gets the error all the same.
+  gunzip.on("error", () => undefined);
   return request.pipe(gunzip);
 }
 
@@ -78,7 +80,7 @@ async function receiveParts(
   const parser = openParser(headers["content-type"]!);
   const failure = new AbortController();
   const fail = (error: unknown) => failure.abort(error);
-  // Parts come one after another: the parser goes on when the last one is read.
+  const taken = new Set<string>();
   let part: Readable | undefined;
   let writing: Promise<void> = Promise.resolve();
   parser.on("error", fail);
@@ -89,16 +91,20 @@ async function receiveParts(
     part = stream;
     // A part that the body's end cuts off fails by itself.
     stream.on("error", fail);
+    const previous = writing;
     const receive = async () => {
+      // The parser goes on when it has read a part; that may not be under its name yet.
+      await previous;
       const wanted = queryPath ?? filename;
       if (wanted === undefined || wanted === "") throw new HttpError(400, "a part names no file");
       const path = resolve(wanted);
-      if (files.some((file) => file.path === path)) {
+      if (taken.has(path)) {
         throw new HttpError(
           400,
           `you cannot upload multiple files to the same path '${path}' in one upload request, only the first specified file was uploaded`,
         );
       }
+      taken.add(path);
       await writeFile(path, stream, write);
       files.push(uploaded(path, write.metadata));
     };

@@ -193,6 +193,7 @@ function httpErrorOf(error: unknown, announcedBytes: number | undefined): unknow
   if (errno === "ENAMETOOLONG" || errno === "ELOOP" || errno === "ENOTDIR") {
     return new HttpError(400, `error opening file: ${systemMessage(error)}`, cause);
   }
-  if (errno === undefined || errno.startsWith("ERR_")) return error;
+  // Not the disk's: the body's, which its reader explains.
+  if (errno === undefined || !/^E(?!RR_)[A-Z0-9]+$/.test(errno) || errno === "ECONNRESET") return error;
   return new HttpError(500, `error writing file: ${systemMessage(error)}`, cause);
 }

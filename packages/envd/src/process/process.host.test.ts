@@ -13,7 +13,7 @@ beforeAll(async () => {
   assert.equal((await envd.init()).status, 204);
 });
 afterAll(async () => {
-  assert.ok(envd.isAlive, "no test may kill envd");
+  envd.assertAlive();
   await envd[Symbol.asyncDispose]();
 });
 

@@ -17,6 +17,7 @@ import { ENVD_NODE_OPTIONS, buildEnvd } from "../../build.mjs";
 
 export const ACCESS_TOKEN = "token-of-the-tests";
 const START_TIMEOUT_MS = 20_000;
+const MAX_STDERR_LINES = 50;
 
 export interface InitBody {
   restoreId: string;
@@ -54,8 +55,10 @@ export class EnvdProcess implements AsyncDisposable {
   /** A folder for the test's own files, removed at the end. */
   readonly directory: string;
   readonly #child: ChildProcess;
+  readonly #stderr: string[];
 
-  private constructor(url: string, directory: string, child: ChildProcess) {
+  private constructor(url: string, directory: string, child: ChildProcess, stderr: string[]) {
+    this.#stderr = stderr;
     this.url = url;
     this.directory = directory;
     this.#child = child;
@@ -71,7 +74,7 @@ export class EnvdProcess implements AsyncDisposable {
     // What the test runner's own starter left open is not envd's.
     const closeInherited =
       'for fd in /proc/$$/fd/*; do fd=${fd##*/}; if [ $fd -gt 2 ]; then eval exec "$fd>&-"; fi; done';
-    const script = `${closeInherited}; ${binds.join(" && ")} && exec "$@"`;
+    const script = `${closeInherited}; ${binds.join(" && ")} && exec setpriv --pdeathsig KILL "$@"`;
     const child = spawn(
       "unshare",
       ["--mount", "--uts", "bash", "-c", script, "bash", process.execPath, ...ENVD_NODE_OPTIONS, bundle],
@@ -83,19 +86,26 @@ export class EnvdProcess implements AsyncDisposable {
           ROOKERY_HOST_ADDRESS: hostAddress,
           ROOKERY_ENVD_DEBUG: "1",
         },
-        stdio: ["ignore", "inherit", "pipe"],
+        stdio: ["ignore", "ignore", "pipe"],
       },
     );
-    const port = await listeningPort(child);
-    return new EnvdProcess(`http://127.0.0.1:${port}`, directory, child);
+    const stderr: string[] = [];
+    const port = await listeningPort(child, stderr);
+    return new EnvdProcess(`http://127.0.0.1:${port}`, directory, child, stderr);
   }
 
-  /** unshare and bash become node: one process from first to last. */
+  /** unshare, bash and setpriv become node: one process from first to last. */
   get pid(): number {
     return this.#child.pid!;
   }
 
-  get isAlive(): boolean {
+  /** Throws with what it said last, when it has ended. */
+  assertAlive(): void {
+    if (this.#isAlive) return;
+    throw new Error(`envd has ended: ${this.#stderr.join("\n")}`);
+  }
+
+  get #isAlive(): boolean {
     return this.#child.exitCode === null && this.#child.signalCode === null;
   }
 
@@ -115,7 +125,7 @@ export class EnvdProcess implements AsyncDisposable {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    if (this.isAlive) {
+    if (this.#isAlive) {
       const exited = once(this.#child, "exit");
       this.#child.kill("SIGKILL");
       await exited;
@@ -124,20 +134,21 @@ export class EnvdProcess implements AsyncDisposable {
   }
 }
 
-async function listeningPort(child: ChildProcess): Promise<number> {
-  const seen: string[] = [];
-  const lines = createInterface({ input: child.stderr! });
-  const timer = setTimeout(() => child.kill("SIGKILL"), START_TIMEOUT_MS);
-  try {
-    for await (const line of lines) {
+/** Goes on reading what envd says: its last lines are in `stderr`. */
+function listeningPort(child: ChildProcess, stderr: string[]): Promise<number> {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(() => child.kill("SIGKILL"), START_TIMEOUT_MS);
+    createInterface({ input: child.stderr! }).on("line", (line) => {
+      stderr.push(line);
+      stderr.splice(0, stderr.length - MAX_STDERR_LINES);
       const port = /listening on .*"port":(\d+)/.exec(line)?.[1];
-      if (port !== undefined) return Number(port);
-      seen.push(line);
-    }
-  } finally {
-    clearTimeout(timer);
-    // Whoever writes to a pipe that nobody reads stands still in the end.
-    child.stderr!.resume();
-  }
-  throw new Error(`envd did not start: ${seen.join("\n")}`);
+      if (port === undefined) return;
+      clearTimeout(timer);
+      resolve(Number(port));
+    });
+    child.once("exit", () => {
+      clearTimeout(timer);
+      reject(new Error(`envd did not start: ${stderr.join("\n")}`));
+    });
+  });
 }
