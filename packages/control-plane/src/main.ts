@@ -98,7 +98,9 @@ function bundledAssets(): { pages: string; swaggerUi: string } | undefined {
 try {
   await main();
 } catch (cause) {
-  console.error(cause instanceof Error ? cause.message : cause);
-  if (cause instanceof Error && cause.cause !== undefined) console.error(cause.cause);
+  for (let error: unknown = cause; error !== undefined;) {
+    console.error(error instanceof Error ? error.message : error);
+    error = error instanceof Error ? error.cause : undefined;
+  }
   process.exitCode = 1;
 }

@@ -404,3 +404,21 @@ test("an id that is nobody's is found by no query", async () => {
   assert.equal(await findSandbox(database.db, teamId, nobody), undefined);
   assert.deepEqual(await findSandboxes(database.db, []), []);
 });
+
+test("only the beginning of work waits for the disk: what a host said it will say again", async () => {
+  const unflushed = async (): Promise<bigint> => {
+    const { rows } = await database.pool.query<{ bytes: bigint }>(
+      "select (pg_current_wal_insert_lsn() - pg_current_wal_flush_lsn())::bigint as bytes",
+    );
+    return rows[0]?.bytes ?? 0n;
+  };
+  let row = await made();
+  // Others' commits flush ours along: of many, one that is seen unflushed is enough.
+  let isSeen = false;
+  for (let round = 0; round < 20 && !isSeen; round++) {
+    row = await moved(row, "seenRunning");
+    isSeen = (await unflushed()) > 0n;
+    row = await moved(row, "pause");
+  }
+  assert.ok(isSeen);
+});

@@ -24,13 +24,16 @@ export async function createSandbox(
   caller: Caller,
   input: CreateSandboxInput,
 ): Promise<SandboxRecord> {
-  const origin = await resolveTemplate(deps, caller.teamId, input.template);
+  const [origin, known] = await Promise.all([
+    resolveTemplate(deps, caller.teamId, input.template),
+    schedulableHosts(deps.db, caller.teamId),
+  ]);
   const order = { ...input, ...chooseShape(origin, input), origin, teamId: caller.teamId };
   const passedOver = new Set<HostId>();
   let row: SandboxRecord | undefined;
   let refusal = new RookeryError("no_capacity", "No host can take this sandbox now.");
-  for (;;) {
-    const host = await pickHost(deps, order, passedOver);
+  for (let hosts = known; ; hosts = await schedulableHosts(deps.db, caller.teamId)) {
+    const host = pickHost(deps, order, hosts, passedOver);
     const agent = host && agentOf(deps.pool, host);
     if (!agent) break;
     passedOver.add(host.id);
@@ -60,12 +63,12 @@ interface Order extends CreateSandboxInput {
   diskMb: number;
 }
 
-async function pickHost(
-  { db, scheduler }: Deps,
+function pickHost(
+  { scheduler }: Deps,
   order: Order,
+  hosts: readonly HostRecord[],
   passedOver: ReadonlySet<HostId>,
-): Promise<HostRecord | undefined> {
-  const hosts = await schedulableHosts(db, order.teamId);
+): HostRecord | undefined {
   const { memoryMb, diskMb, origin } = order;
   return scheduler.pick(
     { memoryMb, diskMb, hostId: origin.snapshot?.hostId },

@@ -79,7 +79,7 @@ export async function heartbeat(
     eventLogId,
   });
   if (wasSilent) {
-    deps.log.info({ host: id }, "a silent host returned");
+    deps.log.info({ host: id }, "a host is online, or online again");
     deps.onHostSeen();
   }
   return { acknowledgedEvent };

@@ -9,7 +9,7 @@ import type { Caller, ExecInput } from "./services.ts";
 import { bootstrap } from "./teams-and-keys.ts";
 import { DEFAULTS, type TestHost, type TestPlane, useTestPlane } from "./testing/test-plane.ts";
 
-const openPlane = useTestPlane({ cacheMs: 50, idempotencyLeaseMs: 300, idempotencyWaitMs: 5_000 });
+const openPlane = useTestPlane({ cacheMs: 50, idempotencyLeaseMs: 2_000, idempotencyWaitMs: 15_000 });
 const signal = AbortSignal.timeout(120_000);
 let plane: TestPlane;
 let host: TestHost;
@@ -208,7 +208,7 @@ test("work that is longer than its claim keeps it, and a claim whose replica die
   let works = 0;
   const slow = async () => {
     works++;
-    await sleep(900);
+    await sleep(2_500);
     return { status: 200, body: works };
   };
   const [one, other] = await Promise.all([
