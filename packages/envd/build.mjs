@@ -50,6 +50,6 @@ function nativeModule(arch) {
 }
 
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  const { bundle, native } = await buildEnvd(process.argv[2] ?? join(here, "dist"));
-  process.stdout.write(`${bundle}\n${native}\n`);
+  const files = await buildEnvd(process.argv[2] ?? join(here, "dist"));
+  process.stdout.write(`${Object.values(files).join("\n")}\n`);
 }

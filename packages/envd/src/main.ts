@@ -13,6 +13,7 @@ import { InitRoute } from "./init/init-route.ts";
 import { MetricsReader } from "./metrics.ts";
 import { ProcessTable } from "./process/process-table.ts";
 import { createEnvdServer } from "./server.ts";
+import { avoidMachineCodeUnderEmulation } from "./system/emulation.ts";
 import { openNative } from "./system/native.ts";
 import { protectFromOomKiller } from "./system/oom-score.ts";
 import { randomHex } from "./system/random.ts";
@@ -25,6 +26,7 @@ const log = (message: string) => {
   if (config.debug) warn(message);
 };
 
+avoidMachineCodeUnderEmulation();
 if (process.getuid?.() !== 0) throw new Error("envd must run as root: it starts processes of other users");
 process.umask(0o022);
 

@@ -33,7 +33,7 @@ afterAll(async () => {
   await envd[Symbol.asyncDispose]();
 });
 
-const url = (query: Record<string, string>) => `/files?${new URLSearchParams(query)}`;
+const url = (query: Record<string, string>) => `/files?${new URLSearchParams(query).toString()}`;
 const octets = { "content-type": "application/octet-stream" };
 const identity = { "accept-encoding": "identity" };
 
