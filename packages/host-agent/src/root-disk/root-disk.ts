@@ -87,7 +87,10 @@ export interface RootDiskDriver {
   /** Forgets a prepared next top that no VMM switched to. Bears running twice. */
   abortNextTop(disk: RootDisk, user: DiskUser | undefined): Promise<void>;
 
-  /** Grows the top (never shrinks). Only while no VMM holds it; a running VMM resizes it itself. */
+  /**
+   * Grows the top (never shrinks). Only while no VMM holds it, or after a running
+   * VMM has resized it itself: then only the manifest is left to write.
+   */
   grow(disk: RootDisk, sizeBytes: number, signal: AbortSignal): Promise<RootDisk>;
   /** Chains longer than the driver's limit are slow: true when `flatten` is due. */
   needsFlatten(disk: RootDisk): boolean;

@@ -80,6 +80,15 @@ export const createSteps: readonly Step<CreateContext>[] = [
     },
   },
   {
+    // The VMM has enlarged the file and told its guest; what is left is the manifest.
+    name: "record-growth",
+    async run({ core, entry, snapshot, warm }, signal) {
+      const grownBytes = growthOf(entry.record.spec, { snapshot, warm });
+      if (grownBytes === undefined) return;
+      entry.disk = await core.deps.rootDisk.grow(entry.disk!, grownBytes, signal);
+    },
+  },
+  {
     name: "await-guest",
     async run({ core, entry, placed, snapshot, warm }, signal) {
       const growRootFs = growthOf(entry.record.spec, { snapshot, warm }) !== undefined;
@@ -110,38 +119,41 @@ export const createdSteps: readonly Step<CreateContext>[] = [
   },
 ];
 
-/** The clone's own disk serves, by a rename, when it is what the sandbox needs. */
+/** Of the size that the frozen guest knows. The clone's own disk serves, by a rename, when there is nothing on it yet. */
 async function giveDisk(ctx: CreateContext, signal: AbortSignal): Promise<void> {
   const { core, entry, warm, snapshot } = ctx;
   const placed = ctx.placed!;
   const { rootDisk } = core.deps;
   const dir = core.journal.diskDir(entry.id);
-  const sizeBytes = entry.record.spec.diskMb * MIB;
-  if (snapshot === undefined && placed.ownDisk?.sizeBytes === sizeBytes) {
+  if (snapshot === undefined && placed.ownDisk !== undefined) {
     await rename(placed.ownDisk.dir, dir);
     placed.ownDisk = undefined;
     entry.disk = await rootDisk.open(dir);
     return;
   }
   const chain = snapshot?.chain ?? warm.diskChain;
+  const sizeBytes = knownSizeOf({ snapshot, warm });
   entry.disk = await rootDisk.create({ dir, chain, sizeBytes }, signal);
   ctx.attachment = await rootDisk.attach(entry.disk, placed.place.record, signal);
 }
 
+interface Source {
+  snapshot: SnapshotRecord | undefined;
+  warm: WarmImage;
+}
+
+function knownSizeOf({ snapshot, warm }: Source): number {
+  return snapshot === undefined ? warm.diskSizeBytes : snapshot.diskMb * MIB;
+}
+
 /** The new size of the block device, when it is not the one that the frozen guest knows. */
-function growthOf(
-  spec: SandboxSpec,
-  source: { snapshot: SnapshotRecord | undefined; warm: WarmImage },
-): number | undefined {
-  const knownBytes = source.snapshot === undefined ? source.warm.diskSizeBytes : source.snapshot.diskMb * MIB;
-  return spec.diskMb * MIB > knownBytes ? spec.diskMb * MIB : undefined;
+function growthOf(spec: SandboxSpec, source: Source): number | undefined {
+  const wantedBytes = spec.diskMb * MIB;
+  return wantedBytes > knownSizeOf(source) ? wantedBytes : undefined;
 }
 
 /** What a request may ask of its source, decided before anything is made. */
-export function checkSpecAgainstSource(
-  spec: SandboxSpec,
-  source: { snapshot: SnapshotRecord | undefined; warm: WarmImage },
-): void {
+export function checkSpecAgainstSource(spec: SandboxSpec, source: Source): void {
   const { snapshot, warm } = source;
   if (snapshot !== undefined && (spec.vcpus !== snapshot.vcpus || spec.memoryMb !== snapshot.memoryMb)) {
     throw new RookeryError(
@@ -149,7 +161,7 @@ export function checkSpecAgainstSource(
       `a sandbox of this snapshot has ${snapshot.vcpus} vCPUs and ${snapshot.memoryMb} MB, as it had`,
     );
   }
-  const leastMb = snapshot?.diskMb ?? Math.ceil(warm.diskSizeBytes / MIB);
+  const leastMb = Math.ceil(knownSizeOf({ snapshot, warm }) / MIB);
   if (spec.diskMb < leastMb) {
     throw new RookeryError("unsupported_shape", `its disk has at least ${leastMb} MB`, {
       details: { field: "disk_mb", reason: `must be at least ${leastMb}` },

@@ -10,7 +10,6 @@ import { VmPool } from "../vm-pool/vm-pool.ts";
 import type { Core } from "./core.ts";
 import type { Deps } from "./deps.ts";
 import { DiskLayers } from "./disk-layers.ts";
-import { keepInPool } from "./keep-in-pool.ts";
 import { randomHex } from "./new-ids.ts";
 import { recover } from "./recovery.ts";
 import { SandboxManager } from "./sandbox-manager.ts";
@@ -25,15 +24,8 @@ export type { WarmImage, WarmImages } from "./warm-images.ts";
 export type { SandboxManager } from "./sandbox-manager.ts";
 
 export async function openSandboxManager(deps: Deps): Promise<SandboxManager> {
-  const { core, manager } = await openCore(deps);
-  const { image, shape, size } = deps.config.pool;
-  if (size > 0) {
-    // In the background: a first warm image takes a while, and sandboxes that are here want commands.
-    void deps.warmImages.ensure(image, shape, new AbortController().signal).then(
-      (warm) => keepInPool(core, image, warm),
-      (cause: unknown) => deps.logger.warn({ err: cause }, "no warm image for the pool yet"),
-    );
-  }
+  const { manager } = await openCore(deps);
+  manager.warmPool();
   return manager;
 }
 

@@ -156,6 +156,18 @@ test("a guest that ends by itself fails its sandbox, and the event says why", as
   await manager.destroy(operationOf(A, 2));
 });
 
+test("a disk that is larger than the template's is enlarged by the VMM, which tells its guest", async () => {
+  const { machine, core, manager } = await start();
+  await manager.create(specOf(A, { diskMb: 8192 }), operationOf(A, 1));
+  const entry = core.sandboxes.get(A);
+  expect(entry?.disk?.sizeBytes).toBe(8192 * (1 << 20));
+  expect(guestOf(machine, entry).disk.sizeBytes).toBe(8192 * (1 << 20));
+  await expect(manager.create(specOf(B, { diskMb: 1024 }), operationOf(B, 1))).rejects.toMatchObject({
+    code: "unsupported_shape",
+    details: { field: "disk_mb" },
+  });
+});
+
 test("memory and disk are not given twice", async () => {
   let free = 2 ** 40;
   const { manager } = await start({ config: { memoryBudgetMb: 1024 }, freeDiskBytes: () => free });

@@ -38,6 +38,8 @@ export class SandboxManager implements SandboxOperations {
   readonly #watches: Watches;
   readonly #snapshots: Snapshots;
   #closing = false;
+  readonly #warming = new AbortController();
+  #warmed: Promise<void> = Promise.resolve();
 
   constructor(core: Core, watches: Watches) {
     this.#core = core;
@@ -52,6 +54,20 @@ export class SandboxManager implements SandboxOperations {
   /** Where warm images are built too: their VMs need places like all others. */
   get places(): Places {
     return this.#core.pool.places;
+  }
+
+  /**
+   * Fills the pool, in the background: a first warm image takes a while, and
+   * sandboxes that are here want commands.
+   */
+  warmPool(): void {
+    const { warmImages, config, logger } = this.#core.deps;
+    const { image, shape, size } = config.pool;
+    if (size === 0) return;
+    this.#warmed = warmImages.ensure(image, shape, this.#warming.signal).then(
+      (warm) => keepInPool(this.#core, image, warm),
+      (cause: unknown) => logger.warn({ err: cause }, "no warm image for the pool yet"),
+    );
   }
 
   /** Warm images that a sandbox, a snapshot or the pool cannot do without. */
@@ -239,6 +255,8 @@ export class SandboxManager implements SandboxOperations {
   async close(): Promise<void> {
     this.#closing = true;
     this.#watches.stop();
+    this.#warming.abort(new RookeryError("unavailable", "the agent is stopping"));
+    await this.#warmed;
     await Promise.all([...this.#core.sandboxes.values()].map(({ queue }) => queue.idle()));
     await this.#core.pool.close();
     await this.#core.events.close();
