@@ -68,16 +68,17 @@ try {
 }
 
 /** The product's pool is full and at rest. */
-async function poolIsFull(floorVmms: number): Promise<void> {
+async function poolIsFull({ product: { agentDataDir } }: Bench): Promise<void> {
   let same = 0;
   await eventually("the pool is full", 60_000, () => {
-    same = vmmPids().length === POOL + floorVmms ? same + 1 : 0;
+    same = vmmPids(agentDataDir).length === POOL ? same + 1 : 0;
     return same >= 10 ? true : undefined;
   });
 }
 
 /** From the call to the first answer of a command inside. */
-async function tti({ api, warm, workDir }: Bench): Promise<void> {
+async function tti(bench: Bench): Promise<void> {
+  const { api, warm, workDir } = bench;
   const waiting: HandClone[] = [];
   const fill = async (): Promise<void> => {
     while (waiting.length < POOL) waiting.push(await HandClone.spawn(warm, workDir));
@@ -88,7 +89,7 @@ async function tti({ api, warm, workDir }: Bench): Promise<void> {
       unit: "ms",
       runs: 15,
       product: async () => {
-        await poolIsFull(waiting.length);
+        await poolIsFull(bench);
         let id = "";
         const ms = await timed(async () => {
           ({ id } = await api.create());
@@ -99,7 +100,7 @@ async function tti({ api, warm, workDir }: Bench): Promise<void> {
       },
       floor: async () => {
         await fill();
-        await poolIsFull(waiting.length);
+        await poolIsFull(bench);
         const clone = waiting.shift()!;
         const ms = await timed(async () => {
           await clone.thaw();
@@ -117,13 +118,14 @@ async function tti({ api, warm, workDir }: Bench): Promise<void> {
 }
 
 /** Until the last of twenty that were asked for at once has answered. */
-async function ttiBurst({ api, warm, workDir }: Bench): Promise<void> {
+async function ttiBurst(bench: Bench): Promise<void> {
+  const { api, warm, workDir } = bench;
   const measured = await contest({
     name: "tti-burst",
     unit: "ms",
     runs: 7,
     product: async () => {
-      await poolIsFull(0);
+      await poolIsFull(bench);
       const ids: string[] = [];
       const ms = await timed(() =>
         Promise.all(
@@ -140,7 +142,7 @@ async function ttiBurst({ api, warm, workDir }: Bench): Promise<void> {
     floor: async () => {
       const clones: HandClone[] = [];
       for (let index = 0; index < POOL; index += 1) clones.push(await HandClone.spawn(warm, workDir));
-      await poolIsFull(POOL);
+      await poolIsFull(bench);
       const started = [...clones];
       const ms = await timed(async () => {
         // As many at a time as there are waiting clones: more only get in each other's way on few cores.
@@ -195,7 +197,13 @@ async function exec({ api, warm, workDir }: Bench): Promise<void> {
 const DIRTY = "head -c 10485760 /dev/urandom > /dev/shm/dirty";
 
 /** A pause with 10 MiB dirty, against a full `migrate` of the same guest; and a resume against a create. */
-async function pauseResume({ product: { agentDataDir }, api, warm, workDir }: Bench): Promise<void> {
+async function pauseResume(bench: Bench): Promise<void> {
+  const {
+    product: { agentDataDir },
+    api,
+    warm,
+    workDir,
+  } = bench;
   const resumes: number[] = [];
   const allowed: number[] = [];
   const layers: number[] = [];
@@ -205,7 +213,7 @@ async function pauseResume({ product: { agentDataDir }, api, warm, workDir }: Be
     runs: 9,
     product: async () => {
       let id = "";
-      await poolIsFull(0);
+      await poolIsFull(bench);
       const created = await timed(async () => {
         ({ id } = await api.create());
         await api.exec(id, { cmd: "true" });
@@ -214,7 +222,7 @@ async function pauseResume({ product: { agentDataDir }, api, warm, workDir }: Be
       const ms = await timed(() => api.pause(id));
       const layerMib = diskUsage(join(agentDataDir, "sandboxes", id)) / 2 ** 20;
       layers.push(layerMib);
-      await poolIsFull(0);
+      await poolIsFull(bench);
       resumes.push(
         await timed(async () => {
           await api.resume(id);
@@ -294,12 +302,16 @@ async function upload({ api, warm, workDir }: Bench): Promise<void> {
 }
 
 /** What a clone holds right after `/init`: disk, and anonymous memory of its VMM. */
-async function clone({ product: { agentDataDir }, api }: Bench): Promise<void> {
+async function clone(bench: Bench): Promise<void> {
+  const {
+    product: { agentDataDir },
+    api,
+  } = bench;
   const disk: number[] = [];
   const memory: number[] = [];
   for (let run = 0; run < 7; run += 1) {
-    await poolIsFull(0);
-    const before = new Set(vmmPids());
+    await poolIsFull(bench);
+    const before = new Set(vmmPids(agentDataDir));
     const { id } = await api.create();
     disk.push(diskUsage(join(agentDataDir, "sandboxes", id)) / 2 ** 20);
     // It was one of the pool's: the one that has the most private memory now.

@@ -3,7 +3,7 @@
  * not from the agent: to show that what came is gone again.
  */
 import { execFileSync } from "node:child_process";
-import { readFileSync, readdirSync } from "node:fs";
+import { readFileSync, readdirSync, readlinkSync } from "node:fs";
 import { join } from "node:path";
 
 export interface Inventory {
@@ -22,7 +22,7 @@ export interface Inventory {
 
 export function takeInventory(agentDataDir: string): Inventory {
   return {
-    vmms: vmmPids(),
+    vmms: vmmPids(agentDataDir),
     namespaces: lines(["ip", "netns", "list"]).map((line) => line.split(" ")[0] ?? ""),
     links: (JSON.parse(execFileSync("ip", ["-j", "link"], { encoding: "utf8" })) as { ifname: string }[]).map(
       (link) => link.ifname,
@@ -44,18 +44,24 @@ export function sizes(inventory: Inventory): Record<keyof Inventory, number> {
   ) as Record<keyof Inventory, number>;
 }
 
-export function vmmPids(): number[] {
+/** VMMs whose only writable directory lies in this agent's data, once they are past their launcher. */
+export function vmmPids(agentDataDir: string): number[] {
   return readdirSync("/proc")
     .filter((name) => /^\d+$/.test(name))
-    .filter((pid) => commandLine(pid).includes("qemu-system"))
+    .filter(
+      (pid) =>
+        ofProcess(() => readlinkSync(`/proc/${pid}/exe`)).includes("qemu-system") &&
+        ofProcess(() => readFileSync(`/proc/${pid}/mountinfo`, "utf8")).includes(agentDataDir),
+    )
     .map(Number);
 }
 
-export function commandLine(pid: number | string): string {
+/** What `read` says of a process; empty when the process is gone, or is none of user space. */
+function ofProcess(read: () => string): string {
   try {
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8").replaceAll("\0", " ");
+    return read();
   } catch (cause) {
-    if (["ENOENT", "ESRCH"].includes((cause as NodeJS.ErrnoException).code ?? "")) return "";
+    if (["ENOENT", "ESRCH", "EINVAL"].includes((cause as NodeJS.ErrnoException).code ?? "")) return "";
     throw cause;
   }
 }

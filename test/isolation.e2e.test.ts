@@ -66,7 +66,7 @@ describe("a guest's network", () => {
 describe("a VMM", () => {
   test("has no root uid, no capabilities, seccomp on, and sees no other sandbox's files", async () => {
     const sandboxes = await Promise.all([api.create(), api.create()]);
-    const pids = vmmPids();
+    const pids = vmmPids(product.agentDataDir);
     assert.ok(pids.length >= sandboxes.length);
     const uids = new Set<string>();
     for (const pid of pids) {
