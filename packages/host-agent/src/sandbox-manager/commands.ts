@@ -87,12 +87,12 @@ export async function runCommand(
   }
 }
 
-/** So that a repetition of the command is answered, also after a restart of the agent. */
+/** So that a repetition of the command is answered, and an older one refused, also after a restart of the agent. */
 async function recordFailure(core: Core, entry: SandboxEntry, outcome: Outcome): Promise<void> {
   if (core.sandboxes.get(entry.id) !== entry) return;
-  const { last } = entry.record;
-  if (last?.generation !== outcome.generation || last.kind !== outcome.kind) return; // a later command came
-  entry.set({ last: outcome });
+  const { generation, last } = entry.record;
+  if (generation !== outcome.generation) return; // a later command came
+  if (last?.generation === generation && last.kind === outcome.kind) entry.set({ last: outcome });
   try {
     await persist(core, entry, { durable: false });
   } catch (cause) {

@@ -10,9 +10,10 @@ export interface GuestAddress {
 }
 
 export interface GuestAgent {
-  /** Waits until envd of a VM that was just thawed answers. */
-  waitHealthy(address: GuestAddress, signal: AbortSignal): Promise<void>;
-  /** Gives a restored guest its identity. Safe to repeat with the same `restoreId`. */
+  /**
+   * Waits until envd of a VM that was just thawed answers, and gives the guest its
+   * identity. Safe to repeat with the same `restoreId`.
+   */
   init(address: GuestAddress, init: EnvdInit, signal: AbortSignal): Promise<void>;
   /** Ends all connections to a VM that is gone. */
   release(address: GuestAddress): Promise<void>;

@@ -33,7 +33,6 @@ export async function startGuest(
   );
   const address = guestAddressOf(placed);
   try {
-    await guest.waitHealthy(address, limit.signal);
     await guest.init(
       address,
       {

@@ -225,10 +225,6 @@ export function openSimulatedGuests(processes: ProcessTable, trouble: Trouble): 
     return found;
   };
   return {
-    async waitHealthy({ port }) {
-      trouble("guest.health");
-      find(port);
-    },
     async init({ port }, init) {
       trouble("guest.init");
       const process = find(port);
