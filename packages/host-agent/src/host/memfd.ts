@@ -65,13 +65,18 @@ export class Memfd implements Disposable {
     const size = this.sizeBytes();
     if (size > maxBytes) throw new RangeError(`${size} bytes where at most ${maxBytes} were expected`);
     const content = Buffer.allocUnsafeSlow(size);
+    this.readInto(content, size, 0);
+    return content;
+  }
+
+  /** Reads `bytes` from `position` to the beginning of `into`; throws when there are fewer. */
+  readInto(into: Buffer, bytes: number, position: number): void {
     let done = 0;
-    while (done < size) {
-      const count = readSync(this.fd, content, done, size - done, done);
-      if (count === 0) break;
+    while (done < bytes) {
+      const count = readSync(this.fd, into, done, bytes - done, position + done);
+      if (count === 0) throw new RangeError("a memfd ended early");
       done += count;
     }
-    return content.subarray(0, done);
   }
 
   /** Writes at a position; the file's own offset, which a child may share, stays. */

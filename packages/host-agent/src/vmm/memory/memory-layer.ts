@@ -11,6 +11,7 @@
 import { constants } from "node:fs";
 import { open, unlink, type FileHandle } from "node:fs/promises";
 import { join } from "node:path";
+import { mapLargeBuffer, type Mapping } from "../../host/ffi.ts";
 import type { MemoryBase, LayerCapture, MemoryLayer, VmShape } from "../vmm.ts";
 import type { LoadedBase } from "./memory-base.ts";
 import { MAX_DEVICE_STATE_BYTES, MAX_INDEX_BYTES } from "./memory-base.ts";
@@ -45,52 +46,77 @@ import {
 
 const IN_MEMORY_BYTES = 128 << 20;
 const GROUP_PAGES = (16 << 20) / PAGE_BYTES;
+const SPILL_PIECE_BYTES = 1 << 20;
 
-/** A capture that nobody writes (its operation failed meanwhile) gives its file back when it is collected. */
-const abandonedSpills = new FinalizationRegistry<FileHandle>((spill) => void spill.close());
+/** What a capture holds beyond the heap. */
+interface Held {
+  mappings: Mapping[];
+  spill: FileHandle | undefined;
+}
+
+async function giveBack(held: Held): Promise<void> {
+  for (const mapping of held.mappings.splice(0)) mapping.unmap();
+  const { spill } = held;
+  held.spill = undefined;
+  await spill?.close();
+}
+
+/** A capture that nobody writes (its operation failed meanwhile) gives all back when it is collected. */
+const abandoned = new FinalizationRegistry<Held>((held) => void giveBack(held));
 
 /** The pages of a capture, in index order. */
 class PageStore implements AsyncDisposable {
   readonly #spillDir: string;
+  readonly #held: Held = { mappings: [], spill: undefined };
   readonly #inMemory: Buffer[] = [];
   #inMemoryBytes = 0;
-  #spill: FileHandle | undefined;
   #spilledBytes = 0;
 
   constructor(spillDir: string) {
     this.#spillDir = spillDir;
+    abandoned.register(this, this.#held, this);
   }
 
-  async add(pages: Buffer): Promise<void> {
-    if (this.#spill === undefined && this.#inMemoryBytes + pages.length <= IN_MEMORY_BYTES) {
+  /** Takes the mapping over; the first `keptBytes` of it are pages to keep. */
+  async add(mapping: Mapping, keptBytes: number): Promise<void> {
+    this.#held.mappings.push(mapping);
+    const pages = mapping.bytes.subarray(0, keptBytes);
+    if (this.#held.spill === undefined && this.#inMemoryBytes + pages.length <= IN_MEMORY_BYTES) {
       this.#inMemory.push(pages);
       this.#inMemoryBytes += pages.length;
       return;
     }
-    if (this.#spill === undefined) {
-      this.#spill = await openUnlinked(this.#spillDir);
-      abandonedSpills.register(this, this.#spill, this);
-    }
-    await this.#spill.write(pages, 0, pages.length, this.#spilledBytes);
+    this.#held.spill ??= await openUnlinked(this.#spillDir);
+    await writeFully(this.#held.spill, pages, this.#spilledBytes);
     this.#spilledBytes += pages.length;
+    this.#held.mappings.pop();
+    mapping.unmap();
   }
 
+  /** Pieces in order; one is valid until the next is asked for. */
   async *read(): AsyncGenerator<Buffer> {
     yield* this.#inMemory;
-    for (let at = 0; at < this.#spilledBytes; at += GROUP_PAGES * PAGE_BYTES) {
-      if (this.#spill === undefined) throw new Error("unreachable: spilled bytes without a file");
-      const piece = Buffer.allocUnsafeSlow(Math.min(GROUP_PAGES * PAGE_BYTES, this.#spilledBytes - at));
-      await readFully(this.#spill, piece, piece.length, at, "spilled pages");
-      yield piece;
+    const { spill } = this.#held;
+    if (spill === undefined) return;
+    const piece = Buffer.allocUnsafeSlow(SPILL_PIECE_BYTES);
+    for (let at = 0; at < this.#spilledBytes; at += piece.length) {
+      const bytes = Math.min(piece.length, this.#spilledBytes - at);
+      await readFully(spill, piece, bytes, at, "spilled pages");
+      yield piece.subarray(0, bytes);
     }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    abandoned.unregister(this);
     this.#inMemory.length = 0;
-    const spill = this.#spill;
-    this.#spill = undefined;
-    abandonedSpills.unregister(this);
-    await spill?.close();
+    await giveBack(this.#held);
+  }
+}
+
+async function writeFully(file: FileHandle, bytes: Buffer, position: number): Promise<void> {
+  let done = 0;
+  while (done < bytes.length) {
+    done += (await file.write(bytes, done, bytes.length - done, position + done)).bytesWritten;
   }
 }
 
@@ -121,10 +147,16 @@ export async function captureMemoryLayer(frozen: FrozenMemory, signal: AbortSign
     const own = await findPrivatePages(pid, memory, signal);
     for (const group of groupRanges(own, GROUP_PAGES)) {
       const pages = group.reduce((sum, range) => sum + range.pages, 0);
-      const copy = Buffer.allocUnsafeSlow(pages * PAGE_BYTES);
-      await copyPagesOut(pid, memory, group, copy, signal);
-      const keptBytes = await keepDifferences(group, copy, base.bytes, kept);
-      if (keptBytes > 0) await store.add(copy.subarray(0, keptBytes));
+      let keptBytes: number;
+      const copy = mapLargeBuffer(pages * PAGE_BYTES);
+      try {
+        await copyPagesOut(pid, memory, group, copy.bytes, signal);
+        keptBytes = await keepDifferences(group, copy.bytes, base.bytes, kept);
+      } catch (cause) {
+        copy.unmap();
+        throw cause;
+      }
+      await store.add(copy, keptBytes);
     }
     const index = { memoryBytes: base.memoryBytes, ranges: kept };
     return new CapturedLayer(index, store, frozen.deviceSections, base.base);
@@ -152,11 +184,14 @@ class CapturedLayer implements LayerCapture {
   /** Once: the capture's pages are given back when it ends, however it ends. */
   async writeTo(dir: string, signal: AbortSignal): Promise<MemoryLayer> {
     await using store = this.#store;
-    const [index, deviceState, pages] = await Promise.all([
+    const writing = [
       writeOne(dir, "index", encodeIndex(this.#index)),
       writeOne(dir, "device.state", this.#deviceSections),
       writePages(dir, store, signal),
-    ]);
+    ] as const;
+    // Also after a failure nothing reads the pages any more when they are given back.
+    await Promise.allSettled(writing);
+    const [index, deviceState, pages] = await Promise.all(writing);
     signal.throwIfAborted();
     const manifest: LayerManifest = {
       version: 1,
@@ -241,10 +276,14 @@ export class VerifiedLayer implements AsyncDisposable {
       const zero = group.filter((range) => range.kind === "zero");
       const bytes = data.reduce((sum, range) => sum + range.pages * PAGE_BYTES, 0);
       if (bytes > 0) {
-        const pages = Buffer.allocUnsafeSlow(bytes);
-        await readFully(this.#pages, pages, bytes, position, "pages");
+        const pages = mapLargeBuffer(bytes);
+        try {
+          await readFully(this.#pages, pages.bytes, bytes, position, "pages");
+          await copyPagesIn(pid, memory, data, pages.bytes, signal);
+        } finally {
+          pages.unmap();
+        }
         position += bytes;
-        await copyPagesIn(pid, memory, data, pages, signal);
       }
       const zeroBytes = zero.reduce((sum, range) => sum + range.pages * PAGE_BYTES, 0);
       if (zeroBytes > 0) await copyPagesIn(pid, memory, zero, Buffer.alloc(zeroBytes), signal);
