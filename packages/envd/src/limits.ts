@@ -14,6 +14,8 @@ export const MAX_COMMAND_BYTES = 1.5 * MIB;
 export const MAX_TAG_BYTES = 256;
 /** Tracked at once. Far beyond what a guest bears, so it only stops runaway clients. */
 export const MAX_PROCESSES = 4096;
+/** Programs in the moment of their start; the others wait (they are bounded by MAX_CONNECTIONS). */
+export const MAX_LAUNCHES = 2;
 /** How long and how many ends of processes can still be read by Connect (E2B keeps them 30 s). */
 export const ENDED_RETENTION_MS = 30_000;
 export const MAX_ENDED = 256;

@@ -12,6 +12,7 @@ import { addEntropy } from "./init/apply-init.ts";
 import { InitRoute } from "./init/init-route.ts";
 import { MetricsReader } from "./metrics.ts";
 import { ProcessTable } from "./process/process-table.ts";
+import { Reaper } from "./process/reaper.ts";
 import { createEnvdServer } from "./server.ts";
 import { avoidMachineCodeUnderEmulation } from "./system/emulation.ts";
 import { openNative } from "./system/native.ts";
@@ -31,7 +32,7 @@ if (process.getuid?.() !== 0) throw new Error("envd must run as root: it starts 
 process.umask(0o022);
 
 const native = openNative(`${import.meta.dirname}/koffi.node`);
-const cgroup = openUserCgroup(native, warn);
+const cgroup = openUserCgroup();
 if (cgroup.absence !== undefined) warn(`user processes have no cgroup of their own: ${cgroup.absence}`);
 const oomScore = protectFromOomKiller();
 if (oomScore.absence !== undefined) warn(`not protected from the OOM killer: ${oomScore.absence}`);
@@ -46,6 +47,7 @@ const server = createEnvdServer({
   native,
   cgroup,
   oomScore,
+  reaper: new Reaper(native),
   state,
   users,
   table: new ProcessTable(),

@@ -1,5 +1,6 @@
 /** How a process ended, in the words of E2B's envd (which are those of Go's os package). */
 import { constants } from "node:os";
+import type { Exit } from "./reaper.ts";
 import type { ProcessEnd } from "./subscription.ts";
 
 /** Go's names of Linux signals (syscall/zerrors_linux_amd64.go). */
@@ -21,7 +22,7 @@ const SIGNAL_NAMES: Partial<Record<NodeJS.Signals, string>> = {
   SIGTERM: "terminated",
 };
 
-export function describeExit(code: number | null, signal: NodeJS.Signals | null): ProcessEnd {
+export function describeExit({ code, signal }: Exit): ProcessEnd {
   if (signal !== null) {
     const status = `signal: ${SIGNAL_NAMES[signal] ?? `signal ${constants.signals[signal]}`}`;
     return { exitCode: -1, exited: false, status, error: status };

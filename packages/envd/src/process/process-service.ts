@@ -8,7 +8,6 @@
 import { Code, ConnectError } from "@connectrpc/connect";
 import { process as wire } from "@rookery/protocol/envd";
 import { callerOf } from "../caller.ts";
-import { connectErrorOf, errnoOf, systemMessage } from "../errors.ts";
 import type { GuestState } from "../guest-state.ts";
 import {
   DEFAULT_KEEPALIVE_MS,
@@ -22,7 +21,7 @@ import type { ServiceMethods } from "../rpc/connect-server.ts";
 import type { RpcContext } from "../rpc/rpc-context.ts";
 import type { ProcessTable, Selector } from "./process-table.ts";
 import { InputError, RunningProcess } from "./running-process.ts";
-import { startProgram } from "./spawn.ts";
+import { StartError, startProgram } from "./spawn.ts";
 import type { Program, ProgramSpec, SpawnDeps } from "./spawn.ts";
 import { parseStartRequest } from "./start-request.ts";
 import type { OutputName, ProcessEnd } from "./subscription.ts";
@@ -68,6 +67,7 @@ export function processMethods(deps: ProcessDeps): ServiceMethods<typeof wire.Pr
         facts,
         program: await start(spec, deps),
         native: deps.native,
+        reaper: deps.reaper,
         // Its own clock: the stream's stops when the client goes away.
         timeoutMs: context.timeoutMs,
         onEnd: (process, end) => table.end(process, end),
@@ -132,23 +132,28 @@ async function start(spec: ProgramSpec, deps: SpawnDeps): Promise<Program> {
   try {
     return await startProgram(spec, deps);
   } catch (error) {
+    if (!(error instanceof StartError)) throw error;
     const words = [spec.command, ...spec.args].join(" ").slice(0, 200);
-    const what = `error starting process '${words}'`;
+    const what = error.what === "cwd" ? `cwd '${spec.cwd}'` : `error starting process '${words}'`;
     // The kernel's or the cgroup's limits, not the request, are at fault.
-    if (["EAGAIN", "ENOMEM", "EMFILE", "ENFILE"].includes(errnoOf(error) ?? "")) {
-      throw connectErrorOf(error, what);
-    }
-    throw new ConnectError(`${what}: ${reasonOf(error)}`, Code.InvalidArgument, undefined, undefined, error);
+    const code = error.what === "system" ? Code.ResourceExhausted : Code.InvalidArgument;
+    throw new ConnectError(
+      `${what}: ${REASONS[error.code] ?? error.code}`,
+      code,
+      undefined,
+      undefined,
+      error,
+    );
   }
 }
 
-/** spawn's own message names its arguments and no reason. */
-function reasonOf(error: unknown): string {
-  if (errnoOf(error) === "ENOENT") return "no such file or directory";
-  if (errnoOf(error) === "EACCES") return "permission denied";
-  if (errnoOf(error) === "E2BIG") return "argument list too long";
-  return systemMessage(error);
-}
+const REASONS: Partial<Record<string, string>> = {
+  ENOENT: "no such file or directory",
+  EACCES: "permission denied",
+  E2BIG: "argument list too long",
+  EAGAIN: "the sandbox has as many processes as it may",
+  ENOMEM: "the sandbox is out of memory",
+};
 
 /** `start`, the output, `end`; keepalives while it is silent. */
 async function* follow(running: RunningProcess, context: RpcContext): AsyncGenerator<Event> {

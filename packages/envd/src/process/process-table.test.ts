@@ -5,7 +5,7 @@ import { describeExit } from "./exit-status.ts";
 import { ProcessTable } from "./process-table.ts";
 import type { RunningProcess } from "./running-process.ts";
 
-const end = describeExit(0, null);
+const end = describeExit({ code: 0, signal: null });
 // The table reads nothing else of a process.
 const process = (pid: number, tag?: string) => ({ pid, facts: { tag } }) as RunningProcess;
 
@@ -40,13 +40,13 @@ test("a process number that is used again is the new process's", () => {
 });
 
 test("exits are told in Go's words", () => {
-  assert.deepEqual(describeExit(0, null), {
+  assert.deepEqual(describeExit({ code: 0, signal: null }), {
     exitCode: 0,
     exited: true,
     status: "exit status 0",
     error: undefined,
   });
-  assert.equal(describeExit(null, "SIGKILL").status, "signal: killed");
-  assert.equal(describeExit(null, "SIGXCPU").status, "signal: signal 24");
-  assert.equal(describeExit(null, "SIGSEGV").exitCode, -1);
+  assert.equal(describeExit({ code: null, signal: "SIGKILL" }).status, "signal: killed");
+  assert.equal(describeExit({ code: null, signal: "SIGXCPU" }).status, "signal: signal 24");
+  assert.equal(describeExit({ code: null, signal: "SIGSEGV" }).exitCode, -1);
 });

@@ -13,6 +13,7 @@ import { errnoOf } from "../errors.ts";
 import { MAX_ORPHAN_PIPES, MAX_PENDING_INPUT_BYTES } from "../limits.ts";
 import type { Native } from "../system/native.ts";
 import { describeExit } from "./exit-status.ts";
+import type { Reaper } from "./reaper.ts";
 import type { OutputPipe, Program } from "./spawn.ts";
 import { Subscription } from "./subscription.ts";
 import type { OutputName, ProcessEnd } from "./subscription.ts";
@@ -48,10 +49,11 @@ export class RunningProcess {
     facts: ProcessFacts;
     program: Program;
     native: Native;
+    reaper: Reaper;
     timeoutMs: number | undefined;
     onEnd: (process: RunningProcess, end: ProcessEnd) => void;
   }) {
-    const { facts, program, native, timeoutMs, onEnd } = options;
+    const { facts, program, native, reaper, timeoutMs, onEnd } = options;
     this.pid = program.pid;
     this.facts = facts;
     this.#native = native;
@@ -62,9 +64,9 @@ export class RunningProcess {
     this.#read("stderr", program.stderr);
     // A program that closes its input is no error of ours; who writes learns it from `writeInput`.
     program.stdin?.on("error", () => program.stdin?.destroy());
-    program.child.once("exit", (code, signal) => {
+    reaper.onExit(program.pid, (exit) => {
       clearTimeout(this.#deadline);
-      this.#exit = describeExit(code, signal);
+      this.#exit = describeExit(exit);
       program.stdin?.destroy();
       this.#endIfDrained();
     });

@@ -2,18 +2,12 @@
  * The cgroup of user processes, so that a fork bomb or a memory hog leaves
  * envd answering.
  *
- * Children are born in it. Neither libuv nor Node can clone into a cgroup, and
- * moving a child after its start leaves it a moment in which what it forks
- * escapes. So envd itself enters the cgroup, forks, and leaves: two writes,
- * and no shell between us and the command whose exec could fail unseen.
- * `favordynmods` spares each of the writes an RCU grace period (10 ms and
- * more); forks pay a few nanoseconds for it.
- *
- * Where cgroup v2 is absent (tests on a host) `join` only calls its argument.
+ * Children are born in it (system/launcher.ts): one that is moved after its
+ * start has a moment in which what it forks escapes. As a cgroup it also gets
+ * no more of the CPU than envd, which has the root cgroup's share for itself,
+ * however many its processes are.
  */
-import { existsSync, mkdirSync, openSync, readFileSync, writeFileSync, writeSync } from "node:fs";
-import { systemMessage } from "../errors.ts";
-import type { Native } from "./native.ts";
+import { constants, existsSync, mkdirSync, openSync, readFileSync, writeFileSync } from "node:fs";
 
 const MOUNT = "/sys/fs/cgroup";
 const USER_CGROUP = `${MOUNT}/user`;
@@ -32,26 +26,18 @@ const MIN_USER_SHARE = 0.5;
 const MAX_TASKS = 4096;
 
 export interface UserCgroup {
+  /** Its folder; undefined where cgroup v2 is absent (tests on a host). */
+  readonly fd: number | undefined;
   /** Why there is none, for the log. */
   readonly absence: string | undefined;
-  /** Runs `fork` with this process in the cgroup. */
-  join<T>(fork: () => T): T;
 }
 
-export function openUserCgroup(native: Native, log: (message: string) => void): UserCgroup {
+export function openUserCgroup(): UserCgroup {
   if (!existsSync(`${MOUNT}/cgroup.controllers`)) {
-    return { absence: `no cgroup v2 at ${MOUNT}`, join: (fork) => fork() };
+    return { fd: undefined, absence: `no cgroup v2 at ${MOUNT}` };
   }
-  const own = /^0::(.*)$/m.exec(readFileSync("/proc/self/cgroup", "utf8"))?.[1];
-  if (own === undefined) return { absence: "this process is in no cgroup v2", join: (fork) => fork() };
-  if (own === "/user") throw new Error("envd was started in the cgroup of user processes");
-  try {
-    native.remount(MOUNT, "nsdelegate,favordynmods");
-  } catch (error) {
-    log(`cgroup: favordynmods is not to be had: ${systemMessage(error)}`);
-  }
-  // Idempotent: init may have enabled them, and a crashed envd made the cgroup.
-  for (const controller of ["memory", "pids"]) {
+  // Idempotent: init may have enabled them, and an envd that crashed made the cgroup.
+  for (const controller of ["cpu", "memory", "pids"]) {
     writeFileSync(`${MOUNT}/cgroup.subtree_control`, `+${controller}`);
   }
   mkdirSync(USER_CGROUP, { recursive: true });
@@ -59,21 +45,7 @@ export function openUserCgroup(native: Native, log: (message: string) => void): 
   const max = Math.max(total - RESERVED_BYTES, Math.floor(total * MIN_USER_SHARE));
   writeFileSync(`${USER_CGROUP}/memory.max`, String(max));
   writeFileSync(`${USER_CGROUP}/pids.max`, String(MAX_TASKS));
-
-  const inside = openSync(`${USER_CGROUP}/cgroup.procs`, "w");
-  const outside = openSync(`${MOUNT}${own}/cgroup.procs`, "w");
-  return {
-    absence: undefined,
-    join(fork) {
-      // "0" is the process that writes, with all its threads.
-      writeSync(inside, "0", 0);
-      try {
-        return fork();
-      } finally {
-        writeSync(outside, "0", 0);
-      }
-    },
-  };
+  return { fd: openSync(USER_CGROUP, constants.O_RDONLY | constants.O_DIRECTORY), absence: undefined };
 }
 
 function totalMemory(): number {
