@@ -15,7 +15,7 @@ import { WarmImageStore } from "./warm-image-store.ts";
 
 const image = await guestForTests();
 /** Under TCG most of it is translated code: what envd and the guest's kernel run through up to the end of /init. */
-const MOST_ANONYMOUS_KB = 48 << 10;
+const MOST_ANONYMOUS_KB = 40 << 10;
 const SHAPE = { vcpus: 1, memoryMb: 512 };
 
 describe("warm images", () => {

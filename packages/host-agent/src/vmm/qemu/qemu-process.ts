@@ -59,7 +59,7 @@ export class QemuProcess {
     void this.#gone.then(() => clearInterval(log));
   }
 
-  /** Waits until the process takes commands. When that fails the process is dead. `child`: undefined for an adopted one. */
+  /** Waits until the process takes commands. When that fails a `child` of ours is dead; one that was adopted goes on. */
   static async connect(
     place: VmPlace,
     identity: ProcessIdentity,
@@ -71,6 +71,8 @@ export class QemuProcess {
       await qemu.#connect({ signal, timeoutMs: START_TIMEOUT_MS });
       return qemu;
     } catch (cause) {
+      // One that was adopted is somebody's sandbox: what becomes of it is for others to say.
+      if (child === undefined) throw await qemu.failure("The VMM does not answer.", cause);
       const failure = await qemu.failure("The VMM did not start.", cause);
       await qemu.kill();
       throw failure;
