@@ -56,12 +56,12 @@ export function vmmPids(agentDataDir: string): number[] {
     .map(Number);
 }
 
-/** What `read` says of a process; empty when the process is gone, or is none of user space. */
+/** What `read` says of a process; empty when it is gone, none of user space, or one that even root may not look into. */
 function ofProcess(read: () => string): string {
   try {
     return read();
   } catch (cause) {
-    if (["ENOENT", "ESRCH", "EINVAL"].includes((cause as NodeJS.ErrnoException).code ?? "")) return "";
+    if (["ENOENT", "ESRCH", "EINVAL", "EACCES"].includes((cause as NodeJS.ErrnoException).code ?? "")) return "";
     throw cause;
   }
 }
