@@ -212,10 +212,14 @@ export class SandboxManager implements SandboxOperations {
   async withEnvd<T>(id: SandboxId, use: (target: EnvdTarget, signal: AbortSignal) => Promise<T>): Promise<T> {
     const entry = this.#entry(id);
     requirePhase(entry, ["running"], "used");
+    const { placed } = entry;
+    if (placed === undefined) {
+      throw new RookeryError("unavailable", `Sandbox ${id} is still being found again; try again shortly.`);
+    }
     const controller = new AbortController();
     entry.uses.add(controller);
     try {
-      return await use(envdTargetOf(entry, entry.placed!), controller.signal);
+      return await use(envdTargetOf(entry, placed), controller.signal);
     } finally {
       entry.uses.delete(controller);
       entry.lastActivityMs = this.#core.deps.clock.nowMs();

@@ -127,6 +127,7 @@ async function goOnResuming(
     };
     using limit = undoLimit(core);
     await undoSteps(resumeSteps.toReversed(), ctx, stepTools(core, "resume"), limit.signal);
+    entry.placed = undefined; // undone with the rest
     failLast(entry, "resume");
     if (ctx.goBackTo === "failed") return await endGone(core, entry);
     await retire(core, entry);
@@ -139,7 +140,10 @@ async function adopt(core: Core, entry: SandboxEntry, signal: AbortSignal): Prom
   if (entry.placed !== undefined && entry.placed.vm.state !== "exited") return entry.placed;
   const record = entry.record.vm && core.formerVms.get(entry.record.vm.vmId);
   const placed = record && (await core.pool.adopt(record, signal));
-  return placed?.vm.state === "exited" ? undefined : placed;
+  if (placed === undefined || placed.vm.state === "exited") return undefined;
+  // Once and for all: a VMM answers one client, and a second adoption would wait for the first.
+  entry.placed = placed;
+  return placed;
 }
 
 /** Ends what may be left of a VM that no sandbox needs any more. */

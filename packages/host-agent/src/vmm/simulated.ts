@@ -154,6 +154,10 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
       const found = host.processes.get(record.pid);
       if (found === undefined || found.startTime !== record.startTime) return undefined;
       if (found.place.vmId !== place.vmId) return undefined;
+      // As QEMU does: one client at a time.
+      if ((host.handles.get(found.pid)?.size ?? 0) > 0) {
+        throw new RookeryError("timeout", "the VMM is in another client's hands");
+      }
       return new SimulatedVm(host, found.pid);
     },
     crash(pid, exit) {
