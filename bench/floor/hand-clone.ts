@@ -32,9 +32,8 @@ export function unpackWarmImage(warmDir: string, workDir: string): WarmFiles {
     shape: { memoryMb: number };
     disk: { file: string };
   };
-  const memoryDir = join(warmDir, "memory");
-  const index = readFileSync(join(memoryDir, "index"));
-  const pages = readFileSync(join(memoryDir, "pages"));
+  const index = readFileSync(join(warmDir, "memory.index"));
+  const pages = readFileSync(join(warmDir, "memory.pages"));
   const memory = join(workDir, "memory");
   const fd = openSync(memory, "w", 0o600);
   ftruncateSync(fd, manifest.shape.memoryMb << 20);
@@ -48,7 +47,7 @@ export function unpackWarmImage(warmDir: string, workDir: string): WarmFiles {
   }
   closeSync(fd);
   return {
-    deviceState: join(memoryDir, "device.state"),
+    deviceState: join(warmDir, "device.state"),
     memory,
     memoryMb: manifest.shape.memoryMb,
     diskLayer: join(warmDir, manifest.disk.file),
