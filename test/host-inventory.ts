@@ -61,7 +61,8 @@ function ofProcess(read: () => string): string {
   try {
     return read();
   } catch (cause) {
-    if (["ENOENT", "ESRCH", "EINVAL", "EACCES"].includes((cause as NodeJS.ErrnoException).code ?? "")) return "";
+    if (["ENOENT", "ESRCH", "EINVAL", "EACCES"].includes((cause as NodeJS.ErrnoException).code ?? ""))
+      return "";
     throw cause;
   }
 }

@@ -17,7 +17,7 @@ const here = import.meta.dirname;
  * generation that stays small, because each page that it ever touched is a
  * page that a clone dirties again.
  */
-export const ENVD_NODE_OPTIONS = ["--v8-pool-size=0", "--max-semi-space-size=1"];
+export const ENVD_NODE_OPTIONS = ["--v8-pool-size=0", "--no-memory-reducer", "--max-semi-space-size=1"];
 
 /** Writes into `outDir`, which it makes; returns the files' paths. */
 export async function buildEnvd(outDir, { arch = process.arch } = {}) {

@@ -23,6 +23,7 @@ const DEBIAN_PACKAGES = [
   ["nftables", "guest firewall", "/usr/sbin/nft"],
   ["iproute2", "guest networks", "/usr/sbin/ip"],
   ["e2fsprogs", "guest file systems", "/usr/sbin/mkfs.ext4"],
+  ["zstd", "stages of the guest image", "/usr/bin/zstd"],
   ["util-linux", "namespaces (nsenter, unshare, setpriv)", "/usr/bin/setpriv"],
 ];
 

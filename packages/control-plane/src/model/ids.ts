@@ -21,7 +21,6 @@ export const ID_PATTERNS = {
 
 export const isSandboxId = (text: string): text is SandboxId => ID_PATTERNS.sandbox.test(text);
 export const isSnapshotId = (text: string): text is SnapshotId => ID_PATTERNS.snapshot.test(text);
-export const isTemplateId = (text: string): text is TemplateId => ID_PATTERNS.template.test(text);
 export const isHostId = (text: string): text is HostId => ID_PATTERNS.host.test(text);
 export const isTeamId = (text: string): text is TeamId => ID_PATTERNS.team.test(text);
 export const isApiKeyId = (text: string): text is ApiKeyId => ID_PATTERNS["api-key"].test(text);

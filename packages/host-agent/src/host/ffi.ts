@@ -18,7 +18,6 @@ const fn = {
   munmap: libc.func("int munmap(void *addr, size_t len)"),
   madvise: libc.func("int madvise(void *addr, size_t len, int advice)"),
   mprotect: libc.func("int mprotect(void *addr, size_t len, int prot)"),
-  ioctl: libc.func("int ioctl(int fd, unsigned long request, void *argument)"),
   socket: libc.func("int socket(int domain, int type, int protocol)"),
   bind: libc.func("int bind(int fd, void *address, unsigned int length)"),
   listen: libc.func("int listen(int fd, int backlog)"),
@@ -149,11 +148,6 @@ const timespec = Buffer.allocUnsafeSlow(64);
 export function monotonicRawNs(): bigint {
   checked("clock_gettime", Number(fn.clockGettime(CLOCK_MONOTONIC_RAW, timespec)));
   return timespec.readBigInt64LE(0) * 1_000_000_000n + timespec.readBigInt64LE(8);
-}
-
-/** `ioctl` with a struct that the kernel reads and writes. Returns what the call returned. */
-export function ioctl(fd: number, request: number, argument: Buffer): number {
-  return checked("ioctl", Number(fn.ioctl(fd, request, argument)));
 }
 
 /** Where the kernel finds a buffer. The caller keeps the buffer alive for as long as the address is in use. */

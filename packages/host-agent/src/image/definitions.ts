@@ -86,9 +86,6 @@ const REQUIRED_PROGRAMS: Readonly<Record<string, readonly string[]>> = {
   zstd: ["zstd"],
 };
 
-/** What a bare Debian may lack; `npm run up` installs them, doctor names them. */
-export const REQUIRED_PACKAGES: readonly string[] = Object.keys(REQUIRED_PROGRAMS);
-
 export interface BuilderProbe {
   ok: boolean;
   /** Why images cannot be built here, and what to do. */

@@ -16,11 +16,9 @@ import { SandboxManager } from "./sandbox-manager.ts";
 import { startWatches } from "./watches.ts";
 import { WorkLimit } from "./work-limit.ts";
 
-export { MANAGER_DEFAULTS, type Deps, type HostFacts, type Logger, type ManagerConfig } from "./deps.ts";
-export { systemClock, type Clock } from "./clock.ts";
+export { MANAGER_DEFAULTS, type Deps } from "./deps.ts";
+export { systemClock } from "./clock.ts";
 export { FAILPOINTS } from "./operations.ts";
-export type { GuestAgent } from "./guest.ts";
-export type { WarmImage, WarmImages } from "./warm-images.ts";
 export type { SandboxManager } from "./sandbox-manager.ts";
 
 export async function openSandboxManager(deps: Deps): Promise<SandboxManager> {

@@ -144,6 +144,8 @@ export function vmmContract(name: string, openBed: () => Promise<VmmTestBed>): v
       await vm.freeze(patience());
       const capture = await vm.captureLayer(patience());
       await vm.switchDiskTop(next, patience());
+      // An agent that died on its next line repeats it.
+      await vm.switchDiskTop(next, patience());
       await vm.unfreeze(patience());
       await bed.guest.remember(vm, "after the fork");
       const layer = await capture.writeTo(join(bed.dir, "fork-layer"), patience());

@@ -17,7 +17,7 @@ const anyRanges = fc
     for (const [gap, pages, kind] of parts) {
       at += gap;
       if (at + pages > 1024) break;
-      pushPages(ranges, at, pages, kind as PageRange["kind"]);
+      pushPages(ranges, at, pages, kind);
       at += pages;
     }
     return ranges;

@@ -12,7 +12,7 @@
 import { open, readFile } from "node:fs/promises";
 import { setImmediate as yieldToOthers } from "node:timers/promises";
 import { readProcessMemory, writeProcessMemory, type RemoteRange } from "../../host/ffi.ts";
-import { PAGE_BYTES, pushPages, type PageIndex, type PageRange } from "./page-index.ts";
+import { PAGE_BYTES, pushPages, type PageRange } from "./page-index.ts";
 
 /** A piece of the guest's memory in the VMM's address space. */
 export interface MemoryPiece {
@@ -205,5 +205,3 @@ export async function keepDifferences(
   }
   return to;
 }
-
-export type { PageIndex };

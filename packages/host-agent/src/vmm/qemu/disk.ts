@@ -7,10 +7,19 @@ import { DISK_DEVICE, DISK_NODE } from "./arguments.ts";
 import { chainNodes, diskNode, newestGeneration, nodeNamesOf, topNodeName } from "./block-graph.ts";
 import { runDirAsSeen } from "./launcher.ts";
 import type { QemuProcess } from "./qemu-process.ts";
+import type { QmpAnswer } from "./qmp-commands.ts";
+
+/** `flat` leaves out what the backing nodes are, and how many. */
+function namedNodes(
+  qemu: QemuProcess,
+  flat: boolean,
+  signal: AbortSignal,
+): Promise<QmpAnswer<"query-named-block-nodes">> {
+  return qemu.command("query-named-block-nodes", { flat }, { signal });
+}
 
 async function nodeNames(qemu: QemuProcess, signal: AbortSignal): Promise<string[]> {
-  const nodes = await qemu.command("query-named-block-nodes", { flat: true }, { signal });
-  return nodes.flatMap((node) => node["node-name"] ?? []);
+  return (await namedNodes(qemu, true, signal)).flatMap((node) => node["node-name"] ?? []);
 }
 
 function presentGeneration(names: readonly string[]): number {
@@ -54,16 +63,28 @@ export async function exchangeDisk(
   }
 }
 
-/** The first of `disk`'s files becomes the top over the present one, which QEMU reopens read-only. */
+/**
+ * The first of `disk`'s files becomes the top over the present one, which QEMU
+ * reopens read-only. Repeated after a crash at any line it does what is left to do.
+ */
 export async function pushDiskTop(
   qemu: QemuProcess,
   disk: DiskAttachment,
   signal: AbortSignal,
 ): Promise<void> {
   if (disk.kind !== "file-chain") throw new Error("only a disk of files takes another top");
-  const present = presentGeneration(await nodeNames(qemu, signal));
-  // Without a backing node: the snapshot gives it one.
-  await addChain(qemu, { ...disk, nodes: disk.nodes.slice(0, 1) }, present + 1, signal);
+  const nodes = await namedNodes(qemu, false, signal);
+  const newest = presentGeneration(nodes.flatMap((node) => node["node-name"] ?? []));
+  const nodeOf = (name: string) => nodes.find((node) => node["node-name"] === name);
+  // The file's own node has its path; the format's node over it has a description of the whole graph.
+  const file = nodeOf(`${topNodeName(newest)}-file`)?.file;
+  const isAdded = file === `${runDirAsSeen(qemu.place)}/${disk.nodes[0]?.file}`;
+  // Only the snapshot gives it a backing node.
+  if (isAdded && (nodeOf(topNodeName(newest))?.backing_file_depth ?? 0) > 0) return;
+  const present = isAdded ? newest - 1 : newest;
+  if (!isAdded) {
+    await addChain(qemu, { ...disk, nodes: disk.nodes.slice(0, 1) }, present + 1, signal);
+  }
   await qemu.command(
     "blockdev-snapshot",
     { node: topNodeName(present), overlay: topNodeName(present + 1) },

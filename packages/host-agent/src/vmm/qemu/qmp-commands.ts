@@ -22,8 +22,6 @@ export interface BlockNode {
   discard?: "unmap" | "ignore";
 }
 
-export type RunState = string;
-
 export const ANSWERS = {
   qmp_capabilities: anything,
   "query-version": z.object({
@@ -48,7 +46,15 @@ export const ANSWERS = {
   "blockdev-reopen": anything,
   "blockdev-snapshot": anything,
   block_resize: anything,
-  "query-named-block-nodes": z.array(z.object({ "node-name": nodeName.optional() })).max(4096),
+  "query-named-block-nodes": z
+    .array(
+      z.object({
+        "node-name": nodeName.optional(),
+        file: z.string().max(4096),
+        backing_file_depth: z.number().int().nonnegative(),
+      }),
+    )
+    .max(4096),
   "query-block": z
     .array(
       z.object({
