@@ -19,6 +19,8 @@ import { contest, median, print, timed } from "./measure.ts";
 /** Waiting clones, on both sides. */
 const POOL = 4;
 const BURST = 20;
+/** 10 MiB of a guest's memory. */
+const DIRTY = "head -c 10485760 /dev/urandom > /dev/shm/dirty";
 
 interface Bench {
   product: Product;
@@ -194,8 +196,6 @@ async function exec({ api, warm, workDir }: Bench): Promise<void> {
   }
 }
 
-const DIRTY = "head -c 10485760 /dev/urandom > /dev/shm/dirty";
-
 /** A pause with 10 MiB dirty, against a full `migrate` of the same guest; and a resume against a create. */
 async function pauseResume(bench: Bench): Promise<void> {
   const {
@@ -361,4 +361,6 @@ function allocated(path: string): number {
   return statSync(path).blocks * 512;
 }
 
-const round1 = (value: number): number => Math.round(value * 10) / 10;
+function round1(value: number): number {
+  return Math.round(value * 10) / 10;
+}

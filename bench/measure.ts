@@ -74,4 +74,6 @@ function quantile(values: readonly number[], q: number): number {
   return low + (high - low) * (at - Math.floor(at));
 }
 
-const round3 = (value: number): number => Math.round(value * 1000) / 1000;
+function round3(value: number): number {
+  return Math.round(value * 1000) / 1000;
+}
