@@ -5,8 +5,17 @@
  * Order: tools → bundles → guest image → database → control plane → agent,
  * registered through the real one-time token → a first sandbox as proof.
  */
-import { randomBytes } from "node:crypto";
-import { chmodSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from "node:fs";
+import { createHash, randomBytes } from "node:crypto";
+import {
+  chmodSync,
+  existsSync,
+  mkdirSync,
+  readFileSync,
+  readdirSync,
+  renameSync,
+  statSync,
+  writeFileSync,
+} from "node:fs";
 import { cp, link, rename, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
@@ -23,6 +32,8 @@ const paths = productPaths();
 const host = process.env.ROOKERY_HOST ?? "127.0.0.1";
 const port = Number(process.env.ROOKERY_PORT ?? 8080);
 const agentPort = Number(process.env.ROOKERY_AGENT_PORT ?? 7071);
+/** The agent is on this machine, whatever else the API listens on. */
+const agentsView = `http://127.0.0.1:${port}`;
 const apiUrl = `http://${host.includes(":") ? `[${host}]` : host}:${port}`;
 
 try {
@@ -95,13 +106,29 @@ async function placeServicePrograms(node) {
   }
   const programs = join(serviceDir, "control-plane");
   const bundle = join(repoDir, "packages", "control-plane", "dist");
-  if (!isSameProgram(join(bundle, "control-plane.mjs"), join(programs, "control-plane.mjs"))) {
+  // Its digest is written into the copy before that takes its place: a copy that was cut off never passes for whole.
+  const digest = digestOfTree(bundle);
+  const mark = join(programs, "digest");
+  if (!existsSync(mark) || readFileSync(mark, "utf8") !== digest) {
+    const fresh = `${programs}.new`;
+    await rm(fresh, { recursive: true, force: true });
+    await cp(bundle, fresh, { recursive: true });
+    writeFileSync(join(fresh, "digest"), digest);
+    await run(["chmod", "-R", "u=rwX,go=rX", fresh]);
     await stop(paths, "control-plane", 10_000);
     await rm(programs, { recursive: true, force: true });
-    await cp(bundle, programs, { recursive: true });
-    await run(["chmod", "-R", "u=rwX,go=rX", programs]);
+    await rename(fresh, programs);
   }
   return { node: serviceNode, programs, uid: serviceUid };
+}
+
+function digestOfTree(root) {
+  const hash = createHash("sha256");
+  for (const name of readdirSync(root, { recursive: true }).sort()) {
+    const path = join(root, name);
+    if (statSync(path).isFile()) hash.update(`${name}\0`).update(readFileSync(path));
+  }
+  return hash.digest("hex");
 }
 
 function isSameProgram(from, to) {
@@ -208,22 +235,27 @@ async function startAgent({ node, env, api }) {
   const hostFile = join(paths.dataDir, "host.json");
   const known = existsSync(hostFile) ? JSON.parse(readFileSync(hostFile, "utf8")) : undefined;
   const present = known && (await api.find(`/v1/hosts/${known.id}`));
-  if (present?.status === "online" && livePid(paths, "agent") !== undefined) return false;
+  const credentials = agentCredentials();
+  const isHost = present !== undefined && credentials?.hostId === present.id;
+  const isAtHome = credentials?.controlPlaneUrl === agentsView && livePid(paths, "agent") !== undefined;
+  if (present?.status === "online" && isHost && isAtHome) return false;
   await step("host agent", async () => {
     await stop(paths, "agent", 15_000);
     const argv = [...agentCommand(node), "serve", "--address", `127.0.0.1:${agentPort}`];
+    const given = { ROOKERY_CONTROL_PLANE: agentsView };
     let id = present?.id;
-    if (present === undefined || present.status === "pending") {
+    if (!isHost) {
       const made =
         present === undefined
           ? await api.post("/v1/hosts", { name: "local", type: "shared" })
           : await api.post(`/v1/hosts/${present.id}/token`, {});
       id = made.host.id;
       writePrivate(hostFile, { id });
-      argv.push("--control-plane", apiUrl, "--register", made.registration_token);
+      // Not in argv, which everybody on the machine may read.
+      given.ROOKERY_REGISTRATION_TOKEN = made.registration_token;
     }
     const since = Date.now();
-    startDetached(paths, "agent", { argv, env: agentEnv(paths, env), cwd: "/" });
+    startDetached(paths, "agent", { argv, env: { ...agentEnv(paths, env), ...given }, cwd: "/" });
     await until(paths, "agent", {
       what: "its first heartbeat",
       timeoutMs: 60_000,
@@ -235,6 +267,12 @@ async function startAgent({ node, env, api }) {
     });
   });
   return true;
+}
+
+/** Whom the agent belongs to, by its own file; undefined when it never registered. */
+function agentCredentials() {
+  const file = join(paths.agentDataDir, "credentials.json");
+  return existsSync(file) ? JSON.parse(readFileSync(file, "utf8")) : undefined;
 }
 
 async function proveItWorks(api) {

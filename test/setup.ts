@@ -19,6 +19,8 @@ export default async function setup(project: TestProject): Promise<() => Promise
     env: {
       ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "test", "images"),
       ROOKERY_HEARTBEAT_MS: "1000",
+      ROOKERY_OPERATION_LEASE_MS: "5000",
+      ROOKERY_HOST_CHECK_MS: "5000",
       ROOKERY_TEST: "1",
     },
   };

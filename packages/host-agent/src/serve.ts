@@ -37,6 +37,10 @@ export async function serve(
       "This host is not registered: start with --control-plane URL --register TOKEN",
     );
   }
+  // The next start without the flag finds it there too.
+  if (store.current !== undefined && store.current.controlPlaneUrl !== url) {
+    await store.replace({ ...store.current, controlPlaneUrl: url });
+  }
   await using agent = await openAgent({ config, logger, signal: stop });
   const { manager, envd, failpoints } = agent;
 
