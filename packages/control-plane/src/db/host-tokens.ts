@@ -43,8 +43,8 @@ export interface RefreshToken {
   hash: Buffer;
   hostId: HostId;
   isExpired: boolean;
-  /** One of those that it was exchanged for has been shown. */
-  isSucceeded: boolean;
+  /** One that it was exchanged for, or another that was given for its parent, has been shown. */
+  isOutrun: boolean;
   epoch: number;
 }
 
@@ -68,7 +68,10 @@ export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<Ref
     .select(sql<boolean>`expires_at <= now()`.as("is_expired"))
     .select(
       sql<boolean>`exists (select from host_refresh_tokens child
-        where child.parent_hash = token.token_hash and child.used_at is not null)`.as("is_succeeded"),
+        where child.parent_hash = token.token_hash and child.used_at is not null)
+        or exists (select from host_refresh_tokens sibling
+        where sibling.parent_hash = token.parent_hash and sibling.token_hash <> token.token_hash
+          and sibling.used_at is not null)`.as("is_outrun"),
     )
     .where("token_hash", "=", hash)
     .executeTakeFirst();
@@ -77,7 +80,7 @@ export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<Ref
     hash,
     hostId: row.host_id,
     isExpired: row.is_expired,
-    isSucceeded: row.is_succeeded,
+    isOutrun: row.is_outrun,
     epoch: host.epoch,
   };
 }

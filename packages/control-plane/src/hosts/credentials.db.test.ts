@@ -167,9 +167,10 @@ test("a stolen sibling that is used first ends the family when the host's own is
   const host = await register();
   const stolen = await plane.services.refreshHostTokens(host.refreshToken);
   const own = await plane.services.refreshHostTokens(host.refreshToken);
-  await plane.services.refreshHostTokens(stolen.refreshToken);
-  await refused(plane.services.refreshHostTokens(host.refreshToken));
+  const loot = await plane.services.refreshHostTokens(stolen.refreshToken);
   await refused(plane.services.refreshHostTokens(own.refreshToken));
+  await refused(plane.services.refreshHostTokens(loot.refreshToken));
+  await refused(beat({ id: host.id, accessToken: loot.accessToken }));
 });
 
 test("however often answers are lost and on whichever side it crashes, a host is never locked out", async () => {

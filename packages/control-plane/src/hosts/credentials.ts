@@ -4,8 +4,9 @@
  *
  * The rule of rotation: a refresh token stays good until one that it was
  * exchanged for is first shown. Shown again before that, the answer was lost
- * and it gets a fresh successor; shown after, two hold the same token: theft,
- * and all the host's tokens end. No clock decides, so whichever line a crash
+ * and it gets a fresh successor; shown after, or after another successor of the
+ * same parent was, two hold the same line: theft, and all the host's tokens end.
+ * No clock decides, so whichever line a crash
  * strikes, on either side, the host holds a token that works.
  */
 import { RookeryError } from "@rookery/protocol/errors";
@@ -96,7 +97,7 @@ export class HostCredentials {
     const host = await this.#deps.db.transaction().execute(async (tx) => {
       const shown = await lockRefreshToken(tx, hashToken(token));
       if (!shown || shown.isExpired) return undefined;
-      if (shown.isSucceeded) {
+      if (shown.isOutrun) {
         // Committed, not thrown: a rollback would leave the thief his token.
         await deleteRefreshTokens(tx, shown.hostId, "all");
         await raiseHostEpoch(tx, shown.hostId);
