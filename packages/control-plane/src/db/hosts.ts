@@ -245,13 +245,16 @@ export async function recordHeartbeat(
   return row && { acknowledgedEvent: row.acknowledged_event, wasSilent: row.before_status === "unreachable" };
 }
 
-/** Compare-and-set: only if it still is silent for that long, by the database's clock. */
+/**
+ * Compare-and-set: only if it still is silent for that long, by the database's
+ * clock. True also for one that is `unreachable` already.
+ */
 export async function markHostUnreachable(db: Queryable, id: HostId, silentMs: number): Promise<boolean> {
   const { numUpdatedRows } = await db
     .updateTable("hosts")
     .set({ status: "unreachable" })
     .where("id", "=", id)
-    .where("status", "=", "online")
+    .where("status", "!=", "pending")
     .where("last_heartbeat_at", "<", sql<Date>`now() - ${interval(silentMs)}`)
     .executeTakeFirst();
   return numUpdatedRows === 1n;

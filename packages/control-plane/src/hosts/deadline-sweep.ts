@@ -4,15 +4,18 @@
  *
  * Any replica claims them over a partial index; the claim raises the generation,
  * so whoever was at it can't move the row any more. Then the host is asked, and
- * the row becomes what is true.
+ * the row becomes what is true. A round ends with its lease at the latest; until
+ * then a host that hangs holds up its own rows only.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import pLimit from "p-limit";
+import pLimit, { type LimitFunction } from "p-limit";
 import { findHostEndpoint } from "../db/hosts.ts";
 import { dropExpiredIdempotencyKeys } from "../db/idempotency.ts";
 import { type SandboxRecord, claimOverdueSandboxes, extendDeadline, moveSandbox } from "../db/sandboxes.ts";
 import { type SnapshotRecord, claimOverdueSnapshots, removeSnapshot } from "../db/snapshots.ts";
+import type { HostId } from "../model/ids.ts";
 import { type HostDeps, endSandbox, settleSandbox } from "./settle.ts";
+import { within } from "./within.ts";
 
 export interface SweepOptions {
   batch: number;
@@ -24,7 +27,8 @@ export interface SweepOptions {
   silentAgainMs: number;
 }
 
-const PARALLEL = 8;
+/** Settling at once, per host. */
+const PARALLEL = 2;
 
 export class DeadlineSweep {
   readonly #deps: HostDeps;
@@ -39,21 +43,29 @@ export class DeadlineSweep {
   async round(): Promise<number> {
     const { db } = this.#deps;
     const { batch: limit, leaseMs } = this.#options;
+    // From before the claim: what we are at must not outlast it.
+    const lease = AbortSignal.timeout(leaseMs);
     const sandboxes = await claimOverdueSandboxes(db, { limit, leaseMs });
     const snapshots = await claimOverdueSnapshots(db, { limit, leaseMs });
-    const gate = pLimit(PARALLEL);
+    const gates = new Map<HostId | undefined, LimitFunction>();
+    const gated = ({ id, hostId }: { id: string; hostId?: HostId }, settle: () => Promise<void>) => {
+      const gate = gates.get(hostId) ?? pLimit(PARALLEL);
+      gates.set(hostId, gate);
+      return gate(() => this.#guard(id, lease, settle));
+    };
     await Promise.all([
-      ...sandboxes.map((row) => gate(() => this.#guard(row.id, () => this.#settle(row)))),
-      ...snapshots.map((row) => gate(() => this.#guard(row.id, () => this.#forget(row)))),
+      ...sandboxes.map((row) => gated(row, () => this.#settle(row))),
+      ...snapshots.map((row) => gated(row, () => this.#forget(row))),
     ]);
     await dropExpiredIdempotencyKeys(db, limit);
     return sandboxes.length + snapshots.length;
   }
 
   /** What can't be settled now is overdue again when our lease ends. */
-  async #guard(id: string, settle: () => Promise<void>): Promise<void> {
+  async #guard(id: string, lease: AbortSignal, settle: () => Promise<void>): Promise<void> {
+    if (lease.aborted) return;
     try {
-      await settle();
+      await within(lease, settle());
     } catch (cause) {
       this.#deps.log.warn({ err: cause, id }, "an overdue row could not be settled yet");
     }

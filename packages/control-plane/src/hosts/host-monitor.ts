@@ -4,9 +4,10 @@
  *
  * Passive: a host whose heartbeats stopped becomes `unreachable` and its running
  * sandboxes `missing`, but only if heartbeats could have been received all that
- * time. Active: our rows are read *first*, then the host is asked; differences
- * are applied by compare-and-set, so what moved meanwhile waits for the next
- * round. Work under way is not judged here but by the sweep of deadlines.
+ * time. One that registered again and was never heard likewise. Active: our rows
+ * are read *first*, then the host is asked; differences are applied by
+ * compare-and-set, so what moved meanwhile waits for the next round. Work under
+ * way is not judged here but by the sweep of deadlines.
  *
  * A sandbox that a host has and no row knows is left alone and reported: the
  * database may be the wrong one.
@@ -24,6 +25,7 @@ import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal, isWork } from "../model/sandbox-state.ts";
 import type { AgentSandbox, HostAgent } from "./host-agent.ts";
 import { type HostDeps, agentOf, releaseVm, settleSandbox } from "./settle.ts";
+import { within } from "./within.ts";
 
 export interface MonitorOptions {
   /** Between two checks of one host. */
@@ -41,6 +43,8 @@ const RECEPTIVE_GAP_MS = 30_000;
 const PAGE = 1_000;
 /** Settling at once, per host: each is a few queries, some a call. */
 const PARALLEL = 8;
+/** How long a round waits for one sandbox to be released: the host goes on, and the next round looks again. */
+const RELEASE_MS = 5_000;
 
 export class HostMonitor {
   readonly #deps: HostDeps;
@@ -67,26 +71,29 @@ export class HostMonitor {
   ): Promise<void> {
     const { silentMs, limitMs } = this.#options;
     try {
-      if (host.status === "online" && host.silentMs >= silentMs && receptiveMs >= silentMs) {
-        await this.#giveUp(host.id);
+      if (host.silentMs >= silentMs && receptiveMs >= silentMs) {
+        await this.#giveUp(host);
         return;
       }
       // One that is silent but was not given up yet is asked too: only its heartbeats may fail.
       if (host.status === "online") {
-        await this.compare(host, AbortSignal.any([signal, AbortSignal.timeout(limitMs)]));
+        const limit = AbortSignal.timeout(limitMs);
+        await within(limit, this.compare(host, AbortSignal.any([signal, limit])));
       }
     } catch (cause) {
       if (!signal.aborted) this.#deps.log.warn({ err: cause, host: host.id }, "a host could not be checked");
     }
   }
 
-  async #giveUp(id: HostId): Promise<void> {
+  /** Also one that is `unreachable` already: since it registered, nothing was heard of it. */
+  async #giveUp({ id, status }: HostRecord): Promise<void> {
     const { db, log } = this.#deps;
     const lost = await db.transaction().execute(async (tx) => {
       const isGivenUp = await markHostUnreachable(tx, id, this.#options.silentMs);
       return isGivenUp ? loseSandboxesOfHost(tx, id) : undefined;
     });
-    if (lost !== undefined) log.warn({ host: id, missing: lost }, "a host went silent");
+    if (lost !== undefined && (lost > 0 || status === "online"))
+      log.warn({ host: id, missing: lost }, "a host went silent");
   }
 
   /** Holds all rows of a host against all that it has. */
@@ -105,7 +112,7 @@ export class HostMonitor {
       ),
     );
     const unclaimed = [...seen.values()].filter(({ id }) => !rows.has(id));
-    await this.#judgeUnclaimed(host, agent, unclaimed);
+    await this.#judgeUnclaimed(host, agent, unclaimed, signal);
   }
 
   /** What the host has, and no live row of it: ended rows' VMs go, strangers stay. */
@@ -113,6 +120,7 @@ export class HostMonitor {
     host: HostRecord,
     agent: HostAgent,
     unclaimed: readonly AgentSandbox[],
+    signal: AbortSignal,
   ): Promise<void> {
     const { db, log } = this.#deps;
     const known = new Map<SandboxId, SandboxRecord>();
@@ -127,16 +135,33 @@ export class HostMonitor {
         "a host has sandboxes that no row knows; they are left alone. Is this the right database?",
       );
     }
-    for (const { id, generation } of unclaimed) {
-      const row = known.get(id);
-      // Live rows of this host came into being since the rows were read.
-      if (!row || (!isFinal(row.status) && (row.hostId === host.id || row.hostId === undefined))) continue;
-      if (generation > row.generation) continue;
-      log.info(
-        { host: host.id, sandbox: id, status: row.status },
-        "a host still has a sandbox that is not its own any more",
-      );
-      await releaseVm(this.#deps, agent, row);
+    const limit = pLimit(PARALLEL);
+    await Promise.all(
+      unclaimed.map(({ id, generation }) =>
+        limit(async () => {
+          const row = known.get(id);
+          if (signal.aborted || !row) return;
+          // Live rows of this host came into being since the rows were read.
+          if (!isFinal(row.status) && (row.hostId === host.id || row.hostId === undefined)) return;
+          if (generation > row.generation) return;
+          log.info(
+            { host: host.id, sandbox: id, status: row.status },
+            "a host still has a sandbox that is not its own any more",
+          );
+          await this.#release(agent, row, signal);
+        }),
+      ),
+    );
+  }
+
+  /** The call keeps its own deadline, for clocks that differ; only we don't wait for all of it. */
+  async #release(agent: HostAgent, row: SandboxRecord, signal: AbortSignal): Promise<void> {
+    const limit = AbortSignal.any([signal, AbortSignal.timeout(RELEASE_MS)]);
+    try {
+      await within(limit, releaseVm(this.#deps, agent, row));
+    } catch (cause) {
+      if (!limit.aborted) throw cause;
+      this.#deps.log.warn({ sandbox: row.id }, "a host is slow to release a sandbox");
     }
   }
 

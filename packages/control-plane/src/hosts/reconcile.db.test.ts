@@ -11,6 +11,7 @@ import {
   LOAD,
   type TestHost,
   type TestPlane,
+  factsOf,
   useTestPlane,
 } from "../service/testing/test-plane.ts";
 import { DeadlineSweep } from "./deadline-sweep.ts";
@@ -93,6 +94,22 @@ test("a host that went silent is unreachable, its running sandboxes missing, and
   await monitor.round(forever);
   assert.equal((await hostRow())?.status, "online");
   assert.equal((await rowOf(running)).status, "running");
+});
+
+test("a host that registered again and was never heard loses its running sandboxes like a silent one", async () => {
+  const id = await create();
+  const { db } = plane.deps;
+  await db.updateTable("hosts").set({ status: "unreachable" }).where("id", "=", host.id).execute();
+  const { registrationToken } = await plane.services.newRegistrationToken(
+    await plane.newCaller("platform"),
+    host.id,
+  );
+  await plane.services.registerHost(factsOf(host.agent, registrationToken));
+  await monitor.round(forever);
+  assert.equal((await rowOf(id)).status, "running", "it has its time to begin");
+  await silence(91_000);
+  await monitor.round(forever);
+  assert.equal((await rowOf(id)).status, "missing");
 });
 
 test("no host is given up right after an outage of ours", async () => {
@@ -220,6 +237,38 @@ test("a hung host delays only itself", async () => {
   await monitor.round(forever);
   assert.equal(other.agent.callsOf("listSandboxes").length, 1);
   assert.ok(plane.log.some(({ facts }) => facts["host"] === host.id));
+  hold.release();
+});
+
+test("a host that hangs at a release holds up the round by its limit at most", async () => {
+  const id = await create();
+  await moveSandbox(plane.deps.db, await rowOf(id), "died", { error: { code: "internal", message: "x" } });
+  const hold = holding("destroySandbox");
+  host.agent.before = hold.hook;
+  const round = monitor.round(forever);
+  await hold.arrived;
+  await round;
+  assert.ok(host.agent.sandboxes.has(id));
+  hold.release();
+  await expect.poll(() => host.agent.sandboxes.has(id)).toBe(false);
+});
+
+test("a host that hangs holds up the sweep by its lease at most, and no other host's rows", async () => {
+  const stuck = [await create(), await create(), await create()];
+  for (const id of stuck) await abandon(id, "destroy");
+  const other = await plane.newHost();
+  await plane.deps.db.updateTable("hosts").set({ draining: true }).where("id", "=", host.id).execute();
+  const free = await create();
+  await abandon(free, "destroy");
+  const hold = holding("destroySandbox");
+  host.agent.before = hold.hook;
+  const quick = { batch: 50, leaseMs: 3_000, againMs: 0, silentAgainMs: 60_000 };
+  const round = new DeadlineSweep(plane.deps, quick).round();
+  await expect.poll(async () => (await rowOf(free)).status, { timeout: 2_500 }).toBe("stopped");
+  assert.ok(!other.agent.sandboxes.has(free));
+  await round;
+  assert.equal(host.agent.callsOf("destroySandbox").length, 2, "two at once, and none after the lease");
+  for (const id of stuck) assert.equal((await rowOf(id)).status, "stopping");
   hold.release();
 });
 
