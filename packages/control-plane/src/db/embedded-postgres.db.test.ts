@@ -58,6 +58,27 @@ test("it survives kill -9: the next start recovers, and a pid file that names a 
   assert.equal(await ask((await startPostgres(place)).url, "select n from survived"), 7);
 });
 
+test("no server starts beside a backend that outlived its server", async () => {
+  const { pid, url } = await startPostgres(place);
+  const client = new Client({ connectionString: url });
+  client.on("error", () => undefined);
+  await client.connect();
+  const { rows } = await client.query<{ pid: number }>("select pg_backend_pid() as pid");
+  const backend = rows[0]?.pid ?? 0;
+  assert.ok(backend > 1);
+  process.kill(backend, "SIGSTOP");
+  try {
+    process.kill(pid, "SIGKILL");
+    await assert.rejects(startPostgres({ ...place, timeoutMs: 1_000 }), /still use/);
+    assert.ok(existsSync(path.join(place.home, "data/postmaster.pid")));
+  } finally {
+    process.kill(backend, "SIGCONT");
+  }
+  const again = await startPostgres(place);
+  assert.notEqual(again.pid, pid);
+  await client.end();
+});
+
 test("stopping twice is stopping once, with clients at work too", async () => {
   const { url } = await startPostgres(place);
   const client = new Client({ connectionString: url });

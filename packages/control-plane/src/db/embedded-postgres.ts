@@ -24,6 +24,7 @@ import {
   readdir,
   rename,
   rm,
+  stat,
   symlink,
   writeFile,
 } from "node:fs/promises";
@@ -85,6 +86,7 @@ export async function startPostgres(options: StartOptions): Promise<RunningPostg
   const binaries = await installBinaries(options);
   await makeDirectories(options);
   await initialise(options, binaries);
+  await awaitOrphans(options);
   await dropStaleLocks(options);
   const server = await launch(options, binaries);
   return awaitReady(options, () => server.exitCode !== null || server.signalCode !== null);
@@ -126,6 +128,8 @@ async function installBinaries({ home, binaries }: StartOptions): Promise<string
   await rm(half, { recursive: true, force: true });
   await cp(source, half, { recursive: true, verbatimSymlinks: true });
   await linkLibraries(half);
+  // A checkout made under umask 077 is readable by its owner only, and cp keeps that.
+  await exec("chmod", ["-R", "u=rwX,go=rX", half]);
   await rename(half, target);
   return target;
 }
@@ -201,8 +205,46 @@ async function asUserWithName({ home, uid }: PostgresPlace, argv: string[]): Pro
   if (passwd.split("\n").some((line) => line.split(":")[2] === `${uid}`)) return asUid;
   const named = path.join(home, "passwd");
   await writeFile(named, `${passwd.trimEnd()}\n${OWNER}:x:${uid}:${uid}::/nonexistent:/usr/sbin/nologin\n`);
+  // Whatever our umask is: the uid has to read it.
+  await chmod(named, 0o644);
   const script = 'mount --bind "$1" /etc/passwd && shift && exec "$@"';
   return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", named, ...asUid];
+}
+
+/**
+ * Backends of a server that was killed live on for a moment, or as long as
+ * something holds them, and still write: no other may start beside them.
+ * Their working directory is the data directory.
+ */
+async function awaitOrphans({ home, timeoutMs }: StartOptions): Promise<void> {
+  const data = await stat(path.join(home, "data"));
+  const deadline = Date.now() + timeoutMs;
+  for (;;) {
+    const orphans: string[] = [];
+    for (const pid of await readdir("/proc")) {
+      if (/^\d+$/.test(pid) && (await isServerProcess(pid, data))) orphans.push(pid);
+    }
+    if (orphans.length === 0) return;
+    if (Date.now() >= deadline) {
+      throw new Error(
+        `processes of a PostgreSQL server that died still use ${home}/data: ${orphans.join(", ")}`,
+      );
+    }
+    await sleep(POLL_MS);
+  }
+}
+
+async function isServerProcess(pid: string, data: { dev: number; ino: number }): Promise<boolean> {
+  try {
+    if ((await readFile(`/proc/${pid}/comm`, "utf8")).trim() !== "postgres") return false;
+    const { dev, ino } = await stat(`/proc/${pid}/cwd`);
+    return dev === data.dev && ino === data.ino;
+  } catch (cause) {
+    // Gone meanwhile; or another user's, into which we can't look.
+    const code = cause instanceof Error && "code" in cause ? cause.code : undefined;
+    if (code === "ENOENT" || code === "ESRCH" || code === "EACCES") return false;
+    throw cause;
+  }
 }
 
 /** A pid file whose process is gone may name a stranger by now, and postgres would wait for that one. */
