@@ -1,12 +1,16 @@
 /** Sandboxes, as JSON shows them. */
 import type { z } from "zod";
-import type { Sandbox } from "../model/sandbox.ts";
+import type { Sandbox, SandboxSummary } from "../model/sandbox.ts";
 import type { Page } from "../service/services.ts";
 import type { Sandbox as SandboxSchema, SandboxPage } from "./schemas/sandboxes.ts";
 
 export type SandboxJson = z.output<typeof SandboxSchema>;
 
 export function renderSandbox(sandbox: Sandbox): SandboxJson {
+  return { ...renderSummary(sandbox), env: sandbox.env };
+}
+
+function renderSummary(sandbox: SandboxSummary): SandboxJson {
   return {
     id: sandbox.id,
     status: sandbox.status,
@@ -18,7 +22,6 @@ export function renderSandbox(sandbox: Sandbox): SandboxJson {
     timeout_sec: sandbox.timeoutSec,
     on_timeout: sandbox.onTimeout,
     timeout_mode: sandbox.timeoutMode,
-    env: sandbox.env,
     metadata: sandbox.metadata,
     created_at: sandbox.createdAt.toISOString(),
     started_at: sandbox.startedAt?.toISOString(),
@@ -29,10 +32,6 @@ export function renderSandbox(sandbox: Sandbox): SandboxJson {
   };
 }
 
-/** Without their environments: 200 of them could weigh 50 MB. */
-export function renderSandboxPage({ items, nextCursor }: Page<Sandbox>): z.output<typeof SandboxPage> {
-  return {
-    items: items.map((sandbox) => ({ ...renderSandbox(sandbox), env: undefined })),
-    next_cursor: nextCursor,
-  };
+export function renderSandboxPage({ items, nextCursor }: Page<SandboxSummary>): z.output<typeof SandboxPage> {
+  return { items: items.map(renderSummary), next_cursor: nextCursor };
 }

@@ -9,6 +9,7 @@ import { violatedConstraint } from "./database.ts";
 import { insertHost, recordHeartbeat, recordRegistration } from "./hosts.ts";
 import {
   type SandboxRecord,
+  type SandboxSummaryRecord,
   changeSandbox,
   claimOverdueSandboxes,
   extendDeadline,
@@ -238,7 +239,7 @@ test("lists page through everything once, newest first, also where times are equ
       rows.slice(0, 5).map(({ id }) => id),
     )
     .execute();
-  const seen: SandboxRecord[] = [];
+  const seen: SandboxSummaryRecord[] = [];
   for (let cursor: string | undefined; ;) {
     const page = await listSandboxes(
       database.db,
@@ -251,6 +252,7 @@ test("lists page through everything once, newest first, also where times are equ
     if (cursor === undefined) break;
   }
   assert.equal(new Set(seen.map(({ id }) => id)).size, 9);
+  assert.ok(seen.every((row) => !("env" in row)));
   const keys = seen.map(({ createdAt, id }) => [createdAt.getTime(), id] as const);
   assert.deepEqual(
     keys,

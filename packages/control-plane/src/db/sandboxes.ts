@@ -9,7 +9,7 @@ import assert from "node:assert/strict";
 import { type Selectable, sql } from "kysely";
 import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
-import type { Lifetime, Sandbox, SandboxStatus } from "../model/sandbox.ts";
+import type { Lifetime, Sandbox, SandboxStatus, SandboxSummary } from "../model/sandbox.ts";
 import type { Queryable } from "./database.ts";
 import type { HostEndpoint } from "./hosts.ts";
 import { claimed } from "./claimed.ts";
@@ -17,8 +17,8 @@ import { interval } from "./interval.ts";
 import { type PageRequest, type Paged, olderThan, toPage } from "./page.ts";
 import type { Sandboxes } from "./schema.ts";
 
-/** A sandbox with what only the control plane itself needs to know. */
-export interface SandboxRecord extends Sandbox {
+/** A sandbox with what only the control plane itself needs to know, as lists and the monitor read it. */
+export interface SandboxSummaryRecord extends SandboxSummary {
   snapshotId?: SnapshotId;
   /** Of the last command sent to its host: what the host's events bear. */
   commandGeneration: bigint;
@@ -26,6 +26,36 @@ export interface SandboxRecord extends Sandbox {
   /** Of its envd access token. */
   tokenVersion: number;
 }
+
+export interface SandboxRecord extends SandboxSummaryRecord, Sandbox {}
+
+/** All but `env`, which may be large: whoever reads many rows leaves it where it is. */
+const SUMMARY = [
+  "id",
+  "team_id",
+  "status",
+  "generation",
+  "command_generation",
+  "operation_deadline",
+  "template",
+  "snapshot_id",
+  "host_id",
+  "vcpus",
+  "memory_mb",
+  "disk_mb",
+  "timeout_sec",
+  "on_timeout",
+  "timeout_mode",
+  "metadata",
+  "token_version",
+  "disk_used_bytes",
+  "error_code",
+  "error_message",
+  "created_at",
+  "started_at",
+  "expires_at",
+  "ended_at",
+] as const satisfies readonly (keyof Sandboxes)[];
 
 /** Where a row stood when it was read: what a compare-and-set compares. */
 export type At = Pick<SandboxRecord, "id" | "status" | "generation">;
@@ -183,10 +213,13 @@ export async function findSandboxTarget(
 }
 
 /** Of any team: for hosts' words about it. */
-export async function findSandboxes(db: Queryable, ids: readonly SandboxId[]): Promise<SandboxRecord[]> {
+export async function findSandboxes(
+  db: Queryable,
+  ids: readonly SandboxId[],
+): Promise<SandboxSummaryRecord[]> {
   if (ids.length === 0) return [];
-  const rows = await db.selectFrom("sandboxes").selectAll().where("id", "in", ids).execute();
-  return rows.map(toSandbox);
+  const rows = await db.selectFrom("sandboxes").select(SUMMARY).where("id", "in", ids).execute();
+  return rows.map(toSummary);
 }
 
 export interface SandboxFilter {
@@ -200,10 +233,10 @@ export async function listSandboxes(
   teamId: TeamId,
   filter: SandboxFilter,
   page: PageRequest,
-): Promise<Paged<SandboxRecord>> {
+): Promise<Paged<SandboxSummaryRecord>> {
   let query = db
     .selectFrom("sandboxes")
-    .selectAll()
+    .select(SUMMARY)
     .where("team_id", "=", teamId)
     .where(olderThan(page.cursor, "sandboxes"))
     .orderBy("created_at", "desc")
@@ -217,7 +250,7 @@ export async function listSandboxes(
     query = query.where(sql<boolean>`metadata @> ${JSON.stringify(filter.metadata)}::jsonb`);
   }
   const rows = await query.execute();
-  return toPage(rows.map(toSandbox), page.limit);
+  return toPage(rows.map(toSummary), page.limit);
 }
 
 export interface SandboxChange extends Partial<Lifetime> {
@@ -259,7 +292,7 @@ export async function changeSandbox(
 export async function claimOverdueSandboxes(
   db: Queryable,
   options: { limit: number; leaseMs: number },
-): Promise<SandboxRecord[]> {
+): Promise<SandboxSummaryRecord[]> {
   const rows = await db
     .updateTable("sandboxes")
     .set((eb) => ({
@@ -278,9 +311,9 @@ export async function claimOverdueSandboxes(
           .skipLocked(),
       ),
     )
-    .returningAll()
+    .returning(SUMMARY)
     .execute();
-  return rows.map(toSandbox);
+  return rows.map(toSummary);
 }
 
 /** Its host is still at work, or silent: the next look is later. False: it moved first. */
@@ -300,20 +333,24 @@ export async function liveSandboxesOfHost(
   db: Queryable,
   hostId: HostId,
   page: { after: string; limit: number },
-): Promise<SandboxRecord[]> {
+): Promise<SandboxSummaryRecord[]> {
   const rows = await db
     .selectFrom("sandboxes")
-    .selectAll()
+    .select(SUMMARY)
     .where("host_id", "=", hostId)
     .where(sql<boolean>`status not in ('stopped', 'error')`)
     .where(sql<boolean>`id > ${page.after}`)
     .orderBy("id")
     .limit(page.limit)
     .execute();
-  return rows.map(toSandbox);
+  return rows.map(toSummary);
 }
 
 function toSandbox(row: Selectable<Sandboxes>): SandboxRecord {
+  return { ...toSummary(row), env: row.env };
+}
+
+function toSummary(row: Pick<Selectable<Sandboxes>, (typeof SUMMARY)[number]>): SandboxSummaryRecord {
   return {
     id: row.id,
     teamId: row.team_id,
@@ -329,7 +366,6 @@ function toSandbox(row: Selectable<Sandboxes>): SandboxRecord {
     timeoutSec: row.timeout_sec,
     onTimeout: row.on_timeout,
     timeoutMode: row.timeout_mode,
-    env: row.env,
     metadata: row.metadata,
     tokenVersion: row.token_version,
     createdAt: row.created_at,

@@ -11,7 +11,12 @@ import { RookeryError } from "@rookery/protocol/errors";
 import pLimit, { type LimitFunction } from "p-limit";
 import { findHostEndpoint } from "../db/hosts.ts";
 import { dropExpiredIdempotencyKeys } from "../db/idempotency.ts";
-import { type SandboxRecord, claimOverdueSandboxes, extendDeadline, moveSandbox } from "../db/sandboxes.ts";
+import {
+  type SandboxSummaryRecord,
+  claimOverdueSandboxes,
+  extendDeadline,
+  moveSandbox,
+} from "../db/sandboxes.ts";
 import { type SnapshotRecord, claimOverdueSnapshots, removeSnapshot } from "../db/snapshots.ts";
 import type { HostId } from "../model/ids.ts";
 import { type HostDeps, endSandbox, settleSandbox } from "./settle.ts";
@@ -71,7 +76,7 @@ export class DeadlineSweep {
     }
   }
 
-  async #settle(row: SandboxRecord): Promise<void> {
+  async #settle(row: SandboxSummaryRecord): Promise<void> {
     const { db, pool } = this.#deps;
     if (row.hostId === undefined) return this.#settleUnplaced(row);
     const host = await findHostEndpoint(db, row.hostId);
@@ -86,14 +91,14 @@ export class DeadlineSweep {
     if (settled.kind === "at-work") await extendDeadline(db, row, this.#options.againMs);
   }
 
-  async #settleUnplaced(row: SandboxRecord): Promise<void> {
+  async #settleUnplaced(row: SandboxSummaryRecord): Promise<void> {
     const { db } = this.#deps;
     if (row.status === "stopping") await moveSandbox(db, row, "gone");
     else await moveSandbox(db, row, "died", { error: { code: "no_capacity", message: "No host took it." } });
   }
 
   /** Nobody can say what became of it until its host returns. */
-  async #settleSilent(row: SandboxRecord): Promise<void> {
+  async #settleSilent(row: SandboxSummaryRecord): Promise<void> {
     const { db } = this.#deps;
     if (row.status === "stopping") await extendDeadline(db, row, this.#options.silentAgainMs);
     else await moveSandbox(db, row, "hostLost");

@@ -14,7 +14,7 @@ import {
   recordEventRead,
   releaseEventReading,
 } from "../db/hosts.ts";
-import { type SandboxRecord, findSandboxes, moveSandbox } from "../db/sandboxes.ts";
+import { type SandboxSummaryRecord, findSandboxes, moveSandbox } from "../db/sandboxes.ts";
 import type { HostId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
 import type { AgentEvent, HostAgent } from "./host-agent.ts";
@@ -137,7 +137,11 @@ export class EventReader {
   }
 }
 
-function changeOf(hostId: HostId, row: SandboxRecord, { kind, generation, reason, message }: AgentEvent) {
+function changeOf(
+  hostId: HostId,
+  row: SandboxSummaryRecord,
+  { kind, generation, reason, message }: AgentEvent,
+) {
   const event = EVENTS[kind];
   const next = event && nextStatus(row.status, event);
   // Of an older command, of another host, or of a kind that we don't know yet: the monitor sees what is true.

@@ -16,7 +16,7 @@ import pLimit from "p-limit";
 import { touchReceptive } from "../db/cluster.ts";
 import { type HostRecord, claimDueHosts, markHostUnreachable } from "../db/hosts.ts";
 import {
-  type SandboxRecord,
+  type SandboxSummaryRecord,
   findSandboxes,
   liveSandboxesOfHost,
   loseSandboxesOfHost,
@@ -123,7 +123,7 @@ export class HostMonitor {
     signal: AbortSignal,
   ): Promise<void> {
     const { db, log } = this.#deps;
-    const known = new Map<SandboxId, SandboxRecord>();
+    const known = new Map<SandboxId, SandboxSummaryRecord>();
     for (let at = 0; at < unclaimed.length; at += PAGE) {
       const ids = unclaimed.slice(at, at + PAGE).map(({ id }) => id);
       for (const row of await findSandboxes(db, ids)) known.set(row.id, row);
@@ -155,7 +155,7 @@ export class HostMonitor {
   }
 
   /** The call keeps its own deadline, for clocks that differ; only we don't wait for all of it. */
-  async #release(agent: HostAgent, row: SandboxRecord, signal: AbortSignal): Promise<void> {
+  async #release(agent: HostAgent, row: SandboxSummaryRecord, signal: AbortSignal): Promise<void> {
     const limit = AbortSignal.any([signal, AbortSignal.timeout(RELEASE_MS)]);
     try {
       await within(limit, releaseVm(this.#deps, agent, row));
@@ -165,8 +165,8 @@ export class HostMonitor {
     }
   }
 
-  async #rowsOf(id: HostId): Promise<Map<SandboxId, SandboxRecord>> {
-    const rows = new Map<SandboxId, SandboxRecord>();
+  async #rowsOf(id: HostId): Promise<Map<SandboxId, SandboxSummaryRecord>> {
+    const rows = new Map<SandboxId, SandboxSummaryRecord>();
     for (let after = ""; ;) {
       const page = await liveSandboxesOfHost(this.#deps.db, id, { after, limit: PAGE });
       for (const row of page) rows.set(row.id, row);

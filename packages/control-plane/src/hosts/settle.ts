@@ -7,7 +7,12 @@
  */
 import type { Database } from "../db/database.ts";
 import type { HostRecord } from "../db/hosts.ts";
-import { type MovePatch, type SandboxRecord, moveSandbox } from "../db/sandboxes.ts";
+import {
+  type MovePatch,
+  type SandboxRecord,
+  type SandboxSummaryRecord,
+  moveSandbox,
+} from "../db/sandboxes.ts";
 import type { Clock } from "../model/clock.ts";
 import type { SandboxId } from "../model/ids.ts";
 import type { Log } from "../model/log.ts";
@@ -32,21 +37,21 @@ export function agentOf(pool: HostClientPool, host: HostRecord): HostAgent | und
   return address === undefined ? undefined : pool.agent({ id, address, certificateFingerprint, epoch });
 }
 
-export type Settled =
+export type Settled<Row = SandboxRecord> =
   /** As it should be, or brought to it; `row` is how it stands now. */
-  | { kind: "settled"; row: SandboxRecord }
+  | { kind: "settled"; row: Row | SandboxRecord }
   | { kind: "at-work" }
   /** The row moved first, or can't be trusted. */
   | { kind: "left-alone" };
 
 /** `because` says why a host was asked, where that is more than the host's phase says. */
-export async function settleSandbox(
+export async function settleSandbox<Row extends SandboxSummaryRecord>(
   deps: HostDeps,
   agent: HostAgent,
-  row: SandboxRecord,
+  row: Row,
   seen: AgentSandbox | undefined,
   because?: { code: string; message: string },
-): Promise<Settled> {
+): Promise<Settled<Row>> {
   if (seen && seen.generation > row.generation) {
     // A database restored from a backup. Its host knows better, and is not told to destroy anything.
     deps.log.error(

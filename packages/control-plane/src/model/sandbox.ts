@@ -22,7 +22,8 @@ export interface Lifetime {
   timeoutMode: "idle" | "absolute";
 }
 
-export interface Sandbox extends Lifetime {
+/** What lists have of each: 200 environments could weigh 50 MB. */
+export interface SandboxSummary extends Lifetime {
   id: SandboxId;
   teamId: TeamId;
   status: SandboxStatus;
@@ -33,7 +34,6 @@ export interface Sandbox extends Lifetime {
   vcpus: number;
   memoryMb: number;
   diskMb: number;
-  env: Readonly<Record<string, string>>;
   metadata: Readonly<Record<string, string>>;
   createdAt: Date;
   startedAt?: Date;
@@ -42,4 +42,8 @@ export interface Sandbox extends Lifetime {
   /** Why it failed, or why its last pause or resume went back. */
   error?: { code: string; message: string };
   diskUsedBytes?: number;
+}
+
+export interface Sandbox extends SandboxSummary {
+  env: Readonly<Record<string, string>>;
 }

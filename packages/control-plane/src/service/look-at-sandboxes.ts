@@ -5,12 +5,16 @@ import { type SandboxRecord, changeSandbox, findSandbox, listSandboxes } from ".
 import { factsOf, settleSandbox } from "../hosts/settle.ts";
 import type { SandboxId } from "../model/ids.ts";
 import { isFinal } from "../model/sandbox-state.ts";
-import type { Sandbox } from "../model/sandbox.ts";
+import type { Sandbox, SandboxSummary } from "../model/sandbox.ts";
 import type { Deps } from "./deps.ts";
 import { noSandbox, silentHost, wrongState } from "./errors.ts";
 import type { Caller, ListSandboxesInput, Page, UpdateSandboxInput } from "./services.ts";
 
-export async function list(deps: Deps, caller: Caller, input: ListSandboxesInput): Promise<Page<Sandbox>> {
+export async function list(
+  deps: Deps,
+  caller: Caller,
+  input: ListSandboxesInput,
+): Promise<Page<SandboxSummary>> {
   const { statuses, metadata, limit, cursor } = input;
   return listSandboxes(deps.db, caller.teamId, { statuses, metadata }, { limit, cursor });
 }

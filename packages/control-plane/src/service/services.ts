@@ -7,7 +7,7 @@
  * aborts, waiting ends; an accepted change of state goes on to its end.
  */
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId, TemplateId } from "../model/ids.ts";
-import type { Lifetime, Sandbox, SandboxStatus } from "../model/sandbox.ts";
+import type { Lifetime, Sandbox, SandboxStatus, SandboxSummary } from "../model/sandbox.ts";
 
 export type Role = "member" | "platform";
 
@@ -176,7 +176,7 @@ export interface Services {
   ): Promise<{ status: number; body: unknown }>;
 
   createSandbox(caller: Caller, input: CreateSandboxInput): Promise<Sandbox>;
-  listSandboxes(caller: Caller, input: ListSandboxesInput): Promise<Page<Sandbox>>;
+  listSandboxes(caller: Caller, input: ListSandboxesInput): Promise<Page<SandboxSummary>>;
   getSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
   updateSandbox(caller: Caller, id: SandboxId, input: UpdateSandboxInput): Promise<Sandbox>;
   pauseSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
