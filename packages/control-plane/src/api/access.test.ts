@@ -245,6 +245,7 @@ describe("failures", () => {
       spy.mockRestore();
       expect(response.statusCode).toBe(ERRORS[code].status);
       expect(response.json()).toEqual({ error: { code, message: "for people", details: { status: "x" } } });
+      if (code === "rate_limited") expect(response.headers["retry-after"]).toBe("1");
       if (response.statusCode === 503) expect(response.headers["retry-after"]).toBeDefined();
     },
   );

@@ -10,6 +10,8 @@ import type { Socket } from "node:net";
 import { hasUnreadBody, lingering } from "./lingering-close.ts";
 
 const RETRY_AFTER_SEC = 5;
+/** A sandbox with too many calls at once: the next one may end at any time. */
+const RATE_LIMITED_RETRY_AFTER_SEC = 1;
 
 export function answerError(error: unknown, request: FastifyRequest, reply: FastifyReply): FastifyReply {
   const failure = toRookeryError(error, request);
@@ -41,6 +43,7 @@ export function renderError({ code, message, details }: RookeryError) {
 function retryAfterOf(failure: RookeryError, status: number): number | undefined {
   const told = failure.details?.["retry_after_sec"];
   if (typeof told === "number") return Math.max(1, Math.ceil(told));
+  if (failure.code === "rate_limited") return RATE_LIMITED_RETRY_AFTER_SEC;
   return status === 503 ? RETRY_AFTER_SEC : undefined;
 }
 

@@ -22,6 +22,7 @@ const PASSED_ON: ReadonlySet<ErrorCode> = new Set<ErrorCode>([
   "stale_generation",
   "payload_too_large",
   "range_not_satisfiable",
+  "rate_limited",
   "host_error",
   "guest_error",
   "no_capacity",

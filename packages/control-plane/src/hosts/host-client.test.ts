@@ -127,6 +127,7 @@ test("what a host says about a request passes, what it says about us does not", 
   for (const [said, heard] of [
     ["wrong_state", "wrong_state"],
     ["out_of_disk", "out_of_disk"],
+    ["rate_limited", "rate_limited"],
     ["guest_error", "guest_error"],
     ["unauthenticated", "host_error"],
     ["invalid_token", "host_error"],
