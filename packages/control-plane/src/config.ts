@@ -22,7 +22,7 @@ const Environment = z.object({
   ROOKERY_SECRET_KEY: z.string().min(32, "must be at least 32 characters that nobody can guess"),
   ROOKERY_HOST: z.string().min(1).default("127.0.0.1"),
   ROOKERY_PORT: z.coerce.number().int().min(0).max(65_535).default(8080),
-  ROOKERY_LOG_LEVEL: z.enum(["debug", "info", "warn", "error", "silent"]).default("info"),
+  ROOKERY_LOG_LEVEL: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info"),
   ROOKERY_SCHEDULER: z.enum(STRATEGY_NAMES).default("round-robin"),
   ROOKERY_DATABASE_CONNECTIONS: count(20, 1_000),
   ROOKERY_MAX_SANDBOXES_PER_TEAM: count(1_000, 10_000_000),
