@@ -59,8 +59,9 @@ export class LoadedBase {
     return memoryBytesOf(this.base.shape);
   }
 
-  /** The base's bytes, for comparison. Not to be touched after `release`. */
+  /** The base's bytes, for comparison. Not to be touched after `release`: they are unmapped then. */
   get bytes(): Buffer {
+    if (this.#users === 0) throw new Error("a released base");
     this.#mapping ??= mapFileForReading(this.memfd.fd, this.memoryBytes);
     return this.#mapping.bytes;
   }

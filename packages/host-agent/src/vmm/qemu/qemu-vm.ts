@@ -138,14 +138,19 @@ export class QemuVm implements Vm {
     if (this.#memory.kind !== "clone") {
       throw new RookeryError("wrong_state", "A cold-booted VM has no memory base to differ from.");
     }
-    const { base } = this.#memory;
     const { pid } = this.#qemu.identity;
-    return this.#attempt("The VM's memory could not be read.", async () => {
-      const sections = deviceSections(await this.#saveDevices(signal));
-      const memory = await findMemory(pid, base.memfd.identity, base.memoryBytes);
-      const spillDir = this.place.logDir;
-      return captureMemoryLayer({ pid, memory, base, deviceSections: sections, spillDir }, signal);
-    });
+    // A process that dies meanwhile gives its base back, which is still being read here.
+    const base = this.#memory.base.retain();
+    try {
+      return await this.#attempt("The VM's memory could not be read.", async () => {
+        const sections = deviceSections(await this.#saveDevices(signal));
+        const memory = await findMemory(pid, base.memfd.identity, base.memoryBytes);
+        const spillDir = this.place.logDir;
+        return captureMemoryLayer({ pid, memory, base, deviceSections: sections, spillDir }, signal);
+      });
+    } finally {
+      base.release();
+    }
   }
 
   async switchDiskTop(next: DiskAttachment, signal: AbortSignal): Promise<void> {
