@@ -35,6 +35,11 @@ export function qmpSocketOf(place: VmPlace): string {
   return join(place.socketDir, "qmp.sock");
 }
 
+/** Whatever the VMM sent: no other value is made a string of, since its own `toString` could be anything. */
+function textOf(value: unknown): string {
+  return typeof value === "string" ? value.slice(0, 64) : "unknown";
+}
+
 export class QemuProcess {
   readonly place: VmPlace;
   readonly identity: ProcessIdentity;
@@ -177,7 +182,7 @@ export class QemuProcess {
         return;
       case "SHUTDOWN":
         // guest-panic has an event of its own; host-… are our own doing.
-        if (data["guest"] === true) void this.guestEnded(String(data["reason"]).slice(0, 64));
+        if (data["guest"] === true) void this.guestEnded(textOf(data["reason"]));
         return;
       case "GUEST_PANICKED":
         void this.guestEnded("guest-panic");

@@ -134,6 +134,15 @@ test("what is not QMP, or has no end, ends the connection and all who wait", asy
   server = createServer();
 });
 
+test("an event that its handler cannot bear ends the connection, and nothing else", async () => {
+  const path = await fakeQemu((_command, socket) =>
+    socket.write(`{"event": "SHUTDOWN", "data": {"guest": true, "reason": {"toString": 0}}}\r\n`),
+  );
+  const qmp = await QmpClient.connect(path, ({ data }) => void String(data["reason"]));
+  await assert.rejects(qmp.command("stop", {}, {}), /could not be handled/);
+  assert.match((await qmp.closed).message, /could not be handled/);
+});
+
 test("a VMM that hangs up or never greets is noticed", async () => {
   const path = await fakeQemu((_command, socket) => socket.destroy());
   const qmp = await QmpClient.connect(path, () => undefined);

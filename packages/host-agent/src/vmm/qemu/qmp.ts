@@ -166,6 +166,15 @@ export class QmpClient implements AsyncDisposable {
     if (this.#chunkBytes > MAX_LINE_BYTES) this.#end(new Error("QEMU sent an overlong line"));
   }
 
+  /** What a handler cannot bear ends this connection: its data is the VMM's choice, and no other VM's concern. */
+  #handEventOn(name: string, data: Record<string, unknown>): void {
+    try {
+      this.#onEvent({ name, data });
+    } catch (cause) {
+      this.#end(new Error("an event of QEMU's could not be handled", { cause }));
+    }
+  }
+
   #receiveLine(line: Buffer): void {
     if (this.#closedWith !== undefined) return;
     let message: z.output<typeof messageSchema>;
@@ -174,7 +183,7 @@ export class QmpClient implements AsyncDisposable {
     } catch (cause) {
       return this.#end(new Error("QEMU sent what is not QMP", { cause }));
     }
-    if (message.event !== undefined) return this.#onEvent({ name: message.event, data: message.data ?? {} });
+    if (message.event !== undefined) return this.#handEventOn(message.event, message.data ?? {});
     if (message.QMP !== undefined) return this.#greeted.resolve();
     const pending = message.id === undefined ? undefined : this.#pending.get(message.id);
     if (pending === undefined) return;
