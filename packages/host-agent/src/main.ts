@@ -45,6 +45,13 @@ const actions: Actions = {
     const settings = config(flags);
     const logger = openLogger(settings, 1);
     process.on("warning", (err) => logger.warn({ err }, "warning"));
+    // The log is written synchronously: an agent never dies without a word. VMs outlive it.
+    const die = (err: unknown): never => {
+      logger.fatal({ err }, "a fault of the agent's own: it ends");
+      process.exit(1);
+    };
+    process.on("uncaughtException", die);
+    process.on("unhandledRejection", die);
     await serve(settings, { logger, version: packageJson.version, stop: stop.signal });
   },
 

@@ -35,6 +35,11 @@ export function qmpSocketOf(place: VmPlace): string {
   return join(place.socketDir, "qmp.sock");
 }
 
+/** For the agent's log, from where nobody waits for an answer. */
+function warn(cause: unknown): void {
+  process.emitWarning(cause instanceof Error ? cause : String(cause));
+}
+
 /** Whatever the VMM sent: no other value is made a string of, since its own `toString` could be anything. */
 function textOf(value: unknown): string {
   return typeof value === "string" ? value.slice(0, 64) : "unknown";
@@ -154,14 +159,21 @@ export class QemuProcess {
       this.#gone.then(() => Promise.reject(new Error("the VMM ended while the agent connected to it"))),
     ]);
     this.#qmp = qmp;
-    void qmp.closed.then((cause) => this.#onClosed(qmp, cause));
+    void qmp.closed
+      .then((cause) => this.#onClosed(qmp, cause))
+      .catch((cause: unknown) => this.#endLater(cause));
   }
 
   async #onClosed(qmp: QmpClient, cause: Error): Promise<void> {
     if (this.#qmp !== qmp) return;
     this.#qmp = undefined;
     if (this.hasEnded) return;
-    if (await waitUntilGone(this.identity, { timeoutMs: RECONNECT_TIMEOUT_MS / 2 })) return;
+    const patience = { timeoutMs: RECONNECT_TIMEOUT_MS / 2 };
+    const isGone = await waitUntilGone(this.identity, patience).catch((unknown: unknown) => {
+      warn(unknown);
+      return false; // a new connection says more
+    });
+    if (isGone) return;
     try {
       await this.#connect({ signal: this.#ending.signal, timeoutMs: RECONNECT_TIMEOUT_MS });
     } catch (again) {
@@ -182,13 +194,17 @@ export class QemuProcess {
         return;
       case "SHUTDOWN":
         // guest-panic has an event of its own; host-… are our own doing.
-        if (data["guest"] === true) void this.guestEnded(textOf(data["reason"]));
+        if (data["guest"] === true) this.#onGuestEnded(textOf(data["reason"]));
         return;
       case "GUEST_PANICKED":
-        void this.guestEnded("guest-panic");
+        this.#onGuestEnded("guest-panic");
         return;
       default:
     }
+  }
+
+  #onGuestEnded(how: string): void {
+    void this.guestEnded(how).catch((cause: unknown) => this.#endLater(cause));
   }
 
   async #onMigrationFailed(migration: PromiseWithResolvers<void> | undefined): Promise<void> {
@@ -235,9 +251,27 @@ export class QemuProcess {
     }
   }
 
+  /** Where nobody waits for the end that failed by `cause`: tries again until the process is gone. Never rejects. */
+  async #endLater(cause: unknown): Promise<void> {
+    warn(cause);
+    while (!this.hasEnded) {
+      await delay(WATCH_INTERVAL_MS, undefined, { ref: false });
+      try {
+        await this.#end();
+      } catch (again) {
+        warn(again);
+      }
+    }
+  }
+
   #end(): Promise<void> {
     this.#kill ??= (async () => {
-      await signalProcess(this.identity, "SIGKILL");
+      try {
+        await signalProcess(this.identity, "SIGKILL");
+      } catch (cause) {
+        this.#kill = undefined;
+        throw cause;
+      }
       const patience = new AbortController();
       // A timer of its own keeps the event loop alive, which an unreferenced child does not.
       const tooLong = delay(KILL_TIMEOUT_MS, true, { signal: patience.signal }).catch(() => false);
@@ -260,8 +294,16 @@ export class QemuProcess {
       child.signalCode === null ? `exit code ${child.exitCode}` : `ended by ${child.signalCode}`;
   }
 
+  /** Never rejects: a look that failed (this process has too many open files) says nothing, and is repeated. */
   async #pollUntilGone(): Promise<void> {
-    while (await isAlive(this.identity)) {
+    let hasWarned = false;
+    for (;;) {
+      try {
+        if (!(await isAlive(this.identity))) return;
+      } catch (cause) {
+        if (!hasWarned) warn(cause);
+        hasWarned = true;
+      }
       await delay(WATCH_INTERVAL_MS, undefined, { ref: false });
     }
   }
