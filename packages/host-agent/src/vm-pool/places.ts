@@ -35,6 +35,9 @@ export interface Tenant {
   disk?: RootDisk | undefined;
 }
 
+/** How many are remembered after they went; who might ask for one again does so within seconds. */
+const MAX_GONE = 1 << 16;
+
 export class Places {
   readonly #deps: Deps;
   readonly #journal: Journal;
@@ -44,6 +47,9 @@ export class Places {
     VmId,
     { record: VmPlaceRecord; tenant: Tenant; underWay: Promise<void> | undefined }
   >();
+
+  /** Places that went: their slots may be others' by now. Oldest first. */
+  readonly #gone = new Set<VmId>();
 
   constructor(deps: Deps, journal: Journal) {
     this.#deps = deps;
@@ -95,10 +101,12 @@ export class Places {
   }
 
   /**
-   * Ends what lives in the place and takes it away. Bears running twice. On
-   * failure the place is kept, for `retryLeaving`, and the error thrown.
+   * Ends what lives in the place and takes it away. Bears running twice: once the
+   * place is gone, whoever did it, that does nothing. On failure the place is
+   * kept, for `retryLeaving`, and the error thrown.
    */
   async release(record: VmPlaceRecord, tenant: Tenant): Promise<void> {
+    if (this.#gone.has(record.vmId)) return;
     const underWay = this.#leaving.get(record.vmId)?.underWay;
     if (underWay !== undefined) return await underWay;
     const release = this.#release(record, tenant);
@@ -106,6 +114,7 @@ export class Places {
     try {
       await release;
       this.#leaving.delete(record.vmId);
+      this.#remember(record.vmId);
       this.slots.free(record.slot);
     } catch (cause) {
       this.#leaving.set(record.vmId, { record, tenant, underWay: undefined });
@@ -114,6 +123,15 @@ export class Places {
         "a place could not be taken away: it is tried again",
       );
       throw cause;
+    }
+  }
+
+  #remember(vmId: VmId): void {
+    this.#gone.add(vmId);
+    if (this.#gone.size <= MAX_GONE) return;
+    for (const oldest of this.#gone) {
+      this.#gone.delete(oldest);
+      return;
     }
   }
 
