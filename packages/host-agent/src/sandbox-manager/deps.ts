@@ -4,6 +4,7 @@
  */
 import type { Failpoints } from "../failpoints/failpoints.ts";
 import type { GuestNetworkDriver } from "../guest-network/guest-network.ts";
+import type { ProcessIdentity } from "../host/process.ts";
 import type { RootDiskDriver } from "../root-disk/root-disk.ts";
 import type { VmCgroups } from "../vm-pool/vm-cgroups.ts";
 import type { VmmDriver, VmShape } from "../vmm/vmm.ts";
@@ -24,6 +25,8 @@ export interface HostFacts {
   bootId: string;
   /** What an unprivileged writer may still take of the file system at `path`. */
   freeDiskBytes(path: string): Promise<number>;
+  /** Ends a process of a former agent by SIGKILL, and waits until it is gone; nothing when it is gone already. */
+  killProcess(identity: ProcessIdentity): Promise<undefined>;
   /** Ends every process of a uid that only VMMs of ours have: what a crash left without a record. */
   killProcessesOf(uid: number): Promise<void>;
 }

@@ -4,6 +4,7 @@
 import { readdir, readFile, statfs } from "node:fs/promises";
 import { setTimeout as delay } from "node:timers/promises";
 import { isErrno } from "../host/errno.ts";
+import { signalProcess, waitUntilGone, type ProcessIdentity } from "../host/process.ts";
 import type { HostFacts } from "../sandbox-manager/deps.ts";
 
 const KILL_TIMEOUT_MS = 10_000;
@@ -11,12 +12,18 @@ const KILL_POLL_MS = 5;
 
 export async function openHostFacts(): Promise<HostFacts> {
   const bootId = (await readFile("/proc/sys/kernel/random/boot_id", "utf8")).trim();
-  return { bootId, freeDiskBytes, killProcessesOf };
+  return { bootId, freeDiskBytes, killProcess, killProcessesOf };
 }
 
 async function freeDiskBytes(path: string): Promise<number> {
   const { bavail, bsize } = await statfs(path);
   return bavail * bsize;
+}
+
+async function killProcess(identity: ProcessIdentity): Promise<undefined> {
+  await signalProcess(identity, "SIGKILL");
+  if (await waitUntilGone(identity, { timeoutMs: KILL_TIMEOUT_MS })) return;
+  throw new Error(`process ${identity.pid} does not end`);
 }
 
 /** Waits until they are gone: what they hold (a TAP, a disk) is busy until then. */

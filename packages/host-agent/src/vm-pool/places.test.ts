@@ -43,3 +43,15 @@ test("a place that went in a second try is not taken away again from who has its
   expect(places.slots.takenCount).toBe(0);
   await manager.close();
 });
+
+test("a left VM that cannot be adopted is killed, and its place goes", async () => {
+  const machine = openSimulatedMachine(root);
+  const { core, manager } = await openCore(machine.deps);
+  const before = machine.traces();
+  // Held by the pool's own handle, as by a connection that nobody gives up.
+  const { place } = await core.pool.take(machine.warm, never);
+  await core.pool.places.release(place.record, {});
+  expect(machine.processes.all()).toEqual([]);
+  expect(machine.traces()).toEqual(before);
+  await manager.close();
+});

@@ -179,10 +179,15 @@ export class Places {
    * got into a record, named by its uid. A boot ends both.
    */
   async #killLeftProcess(record: VmPlaceRecord, signal: AbortSignal): Promise<void> {
-    const { host, vmm } = this.#deps;
+    const { host, logger, vmm } = this.#deps;
     if (record.bootId !== host.bootId) return;
     if (record.process !== undefined) {
-      const left = await vmm.adopt(placeOf(record, []), record.process, signal);
+      const { pid, startTime } = record.process;
+      const left = await vmm.adopt(placeOf(record, []), record.process, signal).catch((cause: unknown) => {
+        // It is to end in any case, and what cannot be talked to can still be killed.
+        logger.warn({ vmId: record.vmId, pid, err: cause }, "a left VM is ended without its consent");
+        return host.killProcess({ pid, startTime });
+      });
       await left?.kill();
     }
     if (record.uid !== 0) await host.killProcessesOf(record.uid);

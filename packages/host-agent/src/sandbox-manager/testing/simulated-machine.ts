@@ -100,6 +100,10 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
     host: {
       bootId: options.bootId ?? "boot-1",
       freeDiskBytes: async () => options.freeDiskBytes?.() ?? 2 ** 40,
+      killProcess: async ({ pid }) => {
+        vmm.crash(pid, { reason: "killed", message: "by its host" });
+        return undefined;
+      },
       killProcessesOf: async () => undefined,
     },
     vmm,

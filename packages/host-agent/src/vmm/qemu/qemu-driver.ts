@@ -146,7 +146,8 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
       });
     },
 
-    adopt: (place, record, signal) => adopt({ bases, place, record, keep }, signal),
+    adopt: (place, record, signal) =>
+      adopt({ bases, place, record, keep, drop: (qemu) => void live.delete(qemu) }, signal),
 
     async close() {
       await Promise.all([...live].map((qemu) => qemu.detach()));
@@ -241,6 +242,7 @@ interface AdoptOptions {
   place: VmPlace;
   record: VmRecord;
   keep(qemu: QemuProcess): void;
+  drop(qemu: QemuProcess): void;
 }
 
 async function adopt(options: AdoptOptions, signal: AbortSignal): Promise<Vm | undefined> {
@@ -259,33 +261,32 @@ async function adopt(options: AdoptOptions, signal: AbortSignal): Promise<Vm | u
       "A VM's process no longer holds the files that it was started with.",
     );
   }
-  let qemu: QemuProcess;
+  let qemu: QemuProcess | undefined;
   try {
     qemu = await QemuProcess.connect(place, identity, undefined, signal);
+    options.keep(qemu);
+    const { status } = await qemu.command("query-status", {}, { signal });
+    const hasEnded = status === "shutdown" || status === "guest-panicked" || status === "internal-error";
+    if (hasEnded) await qemu.guestEnded(status === "shutdown" ? "guest-shutdown" : status);
+    // Last: from here on the parts are the VM's.
+    return new QemuVm({ qemu, record, facts, memory, streams }, hasEnded ? "running" : stateOf(status));
   } catch (cause) {
+    // A connection that stayed would keep everybody else out, the next try too.
+    if (qemu !== undefined) {
+      options.drop(qemu);
+      await qemu.detach();
+    }
     streams[Symbol.dispose]();
     releaseMemory(memory);
     throw cause;
   }
-  options.keep(qemu);
-  const { status } = await qemu.command("query-status", {}, { signal });
-  switch (status) {
-    case "inmigrate":
-      return new QemuVm({ qemu, record, facts, memory, streams }, "waiting");
-    case "running":
-    case "io-error":
-      return new QemuVm({ qemu, record, facts, memory, streams }, "running");
-    case "shutdown":
-    case "guest-panicked":
-    case "internal-error": {
-      const vm = new QemuVm({ qemu, record, facts, memory, streams }, "running");
-      await qemu.guestEnded(status === "shutdown" ? "guest-shutdown" : status);
-      return vm;
-    }
-    default:
-      // paused, save-vm, postmigrate: stopped by an agent.
-      return new QemuVm({ qemu, record, facts, memory, streams }, "frozen");
-  }
+}
+
+function stateOf(status: string): "waiting" | "running" | "frozen" {
+  if (status === "inmigrate") return "waiting";
+  if (status === "running" || status === "io-error") return "running";
+  // paused, save-vm, postmigrate: stopped by an agent.
+  return "frozen";
 }
 
 async function adoptMemory(
