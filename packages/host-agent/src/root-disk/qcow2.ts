@@ -50,7 +50,7 @@ import {
 } from "./qcow2-layout.ts";
 import { belowName, runImageTool } from "./qcow2-tool.ts";
 import type { DiskAttachment, DiskLayer, DiskUser, RootDisk, RootDiskDriver } from "./root-disk.ts";
-import { linkInto, linkNameOf, removeLinks } from "./run-dir-links.ts";
+import { linkInto, linkNameOf, removeLink, removeLinks } from "./run-dir-links.ts";
 
 const BLOCK_BYTES = 512;
 
@@ -196,7 +196,7 @@ export class Qcow2RootDisks implements RootDiskDriver {
     const present = await this.#present(disk.dir);
     if (present === undefined) return;
     if (user !== undefined && (await exists(nextFile(present)))) {
-      await removeTree(join(user.runDir, await linkNameOf(nextFile(present))));
+      await removeLink(join(user.runDir, await linkNameOf(nextFile(present))));
       this.#options.afterEffect("link of the next top removed");
     }
     await removeTree(nextDir(present));
