@@ -8,9 +8,9 @@ import type { Core } from "./core.ts";
 /** Guest memory of all that has or is about to have a VM. */
 export function committedMemoryMb(core: Core): number {
   let sumMb = 0;
-  for (const { phase, record, placed } of core.sandboxes.values()) {
+  for (const { phase, record, placed, isResuming } of core.sandboxes.values()) {
     const isLive = phase !== "paused" && phase !== "failed";
-    if (isLive || placed !== undefined) sumMb += record.spec.memoryMb;
+    if (isLive || isResuming || placed !== undefined) sumMb += record.spec.memoryMb;
   }
   return sumMb;
 }

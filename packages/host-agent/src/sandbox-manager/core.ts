@@ -52,6 +52,8 @@ export class SandboxEntry {
     | undefined;
   /** Disk layers that nobody else may need, once it is gone. */
   readonly orphans = new Set<LayerId>();
+  /** Let in to be resumed, so that its memory counts; its phase says so only later. */
+  isResuming = false;
   /** A list of steps without undo did not get through: the janitor runs it again. */
   unfinished = false;
   /** Recovery did not get through: what its record says is not what is. */

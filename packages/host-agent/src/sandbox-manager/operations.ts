@@ -110,6 +110,20 @@ export async function resume(
   }
   await settleFork(core, entry, signal);
   requireMemory(core, entry.record.spec.memoryMb);
+  entry.isResuming = true;
+  try {
+    await resumeLetIn(core, entry, lifetime, signal);
+  } finally {
+    entry.isResuming = false;
+  }
+}
+
+async function resumeLetIn(
+  core: Core,
+  entry: SandboxEntry,
+  lifetime: Lifetime | undefined,
+  signal: AbortSignal,
+): Promise<void> {
   await requireDiskReserve(core);
   const warm = await core.deps.warmImages.open(entry.record.warmKey!, signal);
   if (warm === undefined) {

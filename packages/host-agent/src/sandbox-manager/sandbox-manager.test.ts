@@ -105,6 +105,21 @@ test("an older generation is refused, the same one is answered again", async () 
   expect(core.sandboxes.size).toBe(0);
 });
 
+test("of two resumes at once only those are let in whose memory there is", async () => {
+  const { manager } = await start({ config: { memoryBudgetMb: 512 } });
+  for (const id of [A, B]) {
+    await manager.create(specOf(id), operationOf(id, 1));
+    await manager.pause(operationOf(id, 2));
+  }
+  const results = await Promise.allSettled([A, B].map((id) => manager.resume(operationOf(id, 3))));
+  expect(results).toMatchObject([
+    { status: "fulfilled" },
+    { status: "rejected", reason: { code: "no_capacity" } },
+  ]);
+  await manager.pause(operationOf(A, 4));
+  expect(await manager.resume(operationOf(B, 4))).toMatchObject({ phase: "running" });
+});
+
 test("a create that comes after its destroy does nothing", async () => {
   const { manager } = await start();
   await manager.destroy(operationOf(A, 2));
