@@ -7,9 +7,13 @@
 import { Code, ConnectError } from "@connectrpc/connect";
 import { ERRORS, RookeryError } from "@rookery/protocol/errors";
 import { ErrorInfoSchema } from "@rookery/protocol/hostagent";
+import { comesFromFullDisk } from "../host/errno.ts";
 
 export function toConnectError(error: unknown): ConnectError {
   if (error instanceof ConnectError) return error;
+  if (!(error instanceof RookeryError) && comesFromFullDisk(error)) {
+    return toConnectError(new RookeryError("out_of_disk", "this host's disk is full", { cause: error }));
+  }
   if (error instanceof RookeryError) {
     const value = { code: error.code, details: textsOf(error.details) };
     const detail = { desc: ErrorInfoSchema, value };

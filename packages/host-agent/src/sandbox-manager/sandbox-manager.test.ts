@@ -120,6 +120,18 @@ test("of two resumes at once only those are let in whose memory there is", async
   expect(await manager.resume(operationOf(B, 4))).toMatchObject({ phase: "running" });
 });
 
+test("a lifetime that could not be written down is not in force", async () => {
+  const { core, manager } = await start();
+  await manager.create(specOf(A), operationOf(A, 1));
+  const before = await manager.get(A);
+  const full = Object.assign(new Error("full"), { code: "ENOSPC" });
+  vi.spyOn(core.journal, "writeSandbox").mockRejectedValueOnce(full);
+  await expect(manager.update(A, { timeoutSec: 60, onTimeout: "pause", mode: "idle" })).rejects.toThrow(
+    "full",
+  );
+  expect((await manager.get(A)).lifetime).toEqual(before.lifetime);
+});
+
 test("a create that comes after its destroy does nothing", async () => {
   const { manager } = await start();
   await manager.destroy(operationOf(A, 2));

@@ -164,8 +164,15 @@ export class SandboxManager implements SandboxOperations {
       requirePhase(this.#entry(id), ["running", "paused"], "changed");
       const nowMs = core.deps.clock.nowMs();
       entry.lastActivityMs = nowMs;
-      entry.set({ spec: { ...entry.record.spec, lifetime }, lifetimeSinceMs: nowMs });
-      await persist(core, entry, { durable: entry.phase === "paused" });
+      const { spec, lifetimeSinceMs } = entry.record;
+      entry.set({ spec: { ...spec, lifetime }, lifetimeSinceMs: nowMs });
+      try {
+        await persist(core, entry, { durable: entry.phase === "paused" });
+      } catch (cause) {
+        // Not all of the record: a command may have been accepted meanwhile.
+        entry.set({ spec, lifetimeSinceMs });
+        throw cause;
+      }
       return await viewOfSandbox(core, entry);
     });
   }

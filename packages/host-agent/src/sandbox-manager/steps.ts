@@ -8,6 +8,7 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Failpoints } from "../failpoints/failpoints.ts";
+import { comesFromFullDisk } from "../host/errno.ts";
 import type { Clock } from "./clock.ts";
 import type { Logger } from "./deps.ts";
 
@@ -113,12 +114,8 @@ async function runStep<C>(step: Step<C>, ctx: C, tools: StepTools, signal: Abort
 export function asRookeryError(cause: unknown, signal?: AbortSignal): RookeryError {
   if (cause instanceof RookeryError) return cause;
   if (signal?.aborted === true && signal.reason instanceof RookeryError) return signal.reason;
-  if (hasErrno(cause, "ENOSPC") || hasErrno(cause, "EDQUOT")) {
+  if (comesFromFullDisk(cause)) {
     return new RookeryError("out_of_disk", "this host's disk is full", { cause });
   }
   return new RookeryError("host_error", "this host could not do that; its log says why", { cause });
-}
-
-function hasErrno(cause: unknown, code: string): boolean {
-  return cause instanceof Error && "code" in cause && cause.code === code;
 }

@@ -12,6 +12,7 @@ import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { RookeryError } from "@rookery/protocol/errors";
 import { writeFileAtomic } from "../../host/atomic-file.ts";
+import { comesFromFullDisk } from "../../host/errno.ts";
 import { isAlive, signalProcess, waitUntilGone, type ProcessIdentity } from "../../host/process.ts";
 import type { VmExit, VmPlace } from "../vmm.ts";
 import { CONSOLE_BYTES, CONSOLE_CHARDEV } from "./arguments.ts";
@@ -141,6 +142,8 @@ export class QemuProcess {
     if (cause instanceof RookeryError) return cause;
     if (cause instanceof Error && (cause.name === "AbortError" || cause.name === "TimeoutError"))
       return cause;
+    if (comesFromFullDisk(cause))
+      return new RookeryError("out_of_disk", "this host's disk is full", { cause });
     // A process that is about to end says why first.
     await Promise.race([this.#gone, delay(100)]);
     const said = await logTail(logFileOf(this.place));
