@@ -37,6 +37,8 @@ export interface QemuDriverOptions {
 
 const DEFAULT_PROGRAM = "/usr/bin/qemu-system-x86_64";
 const FIRST_GENERATION = 1;
+/** Two guests that are tried out, each with a time-out of its own, on a busy host. */
+const HOST_FACTS_TIMEOUT_MS = 60_000;
 
 interface HostFacts {
   program: string;
@@ -51,13 +53,13 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
   const live = new Set<QemuProcess>();
   let facts: Promise<HostFacts> | undefined;
 
-  /** Found once; after a failure, again. */
+  /** Found once; after a failure, again. Not under the caller's signal: others may wait for the same. */
   const hostFacts = (signal: AbortSignal): Promise<HostFacts> => {
-    facts ??= findHostFacts(options, signal).catch((cause: unknown) => {
+    facts ??= findHostFacts(options, AbortSignal.timeout(HOST_FACTS_TIMEOUT_MS)).catch((cause: unknown) => {
       facts = undefined;
       throw cause;
     });
-    return facts;
+    return unlessAborted(facts, signal);
   };
 
   const keep = (qemu: QemuProcess): void => {
@@ -301,6 +303,19 @@ async function adoptMemory(
   const base = { ...facts.base, shape: facts.shape, fingerprint: facts.fingerprint };
   const loaded = await bases.adopt(base, pid, facts.memory);
   return loaded === undefined ? undefined : { kind: "clone", base: loaded };
+}
+
+/** The outcome of `work`, which goes on without this caller when its signal aborts first. */
+async function unlessAborted<T>(work: Promise<T>, signal: AbortSignal): Promise<T> {
+  const left = Promise.withResolvers<never>();
+  const leave = (): void => left.reject(signal.reason);
+  signal.addEventListener("abort", leave, { once: true });
+  if (signal.aborted) leave();
+  try {
+    return await Promise.race([work, left.promise]);
+  } finally {
+    signal.removeEventListener("abort", leave);
+  }
 }
 
 // ── the host ────────────────────────────────────────────────────────────────
