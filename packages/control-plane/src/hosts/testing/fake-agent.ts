@@ -53,6 +53,8 @@ export class FakeAgent {
   /** The last command per sandbox, also of those that are gone. */
   readonly #last = new Map<string, { method: string; generation: bigint; answer: unknown }>();
   #changed = Promise.withResolvers<void>();
+  /** It is being disposed of: streams end instead of waiting for what never comes. */
+  #isGone = false;
   #server: Http2Server | undefined;
   #port = 0;
   #hangUps: (() => void)[] = [];
@@ -96,6 +98,7 @@ export class FakeAgent {
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
+    this.#isGone = true;
     this.#changed.resolve();
     await this.close();
   }
@@ -276,14 +279,17 @@ export class FakeAgent {
   async *#streamEvents({ afterNumber, follow }: StreamEventsRequest, signal: AbortSignal) {
     await this.#around({ method: "streamEvents", id: "", generation: afterNumber }, () => undefined);
     yield { logId: this.logId };
-    for (let at = afterNumber; !signal.aborted;) {
+    for (let at = afterNumber; !signal.aborted && !this.#isGone;) {
       const changed = this.#changed.promise;
       for (const event of this.events.filter(({ number }) => number > at)) {
         at = event.number;
         yield { logId: this.logId, event };
       }
       if (!follow) return;
-      await Promise.race([changed, new Promise((resolve) => signal.addEventListener("abort", resolve))]);
+      await Promise.race([
+        changed,
+        new Promise((resolve) => signal.addEventListener("abort", resolve, { once: true })),
+      ]);
     }
   }
 }
