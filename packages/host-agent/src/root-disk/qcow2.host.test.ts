@@ -1,5 +1,5 @@
 import { strict as assert } from "node:assert";
-import { lstat, mkdir, open, readdir, readFile, symlink, writeFile } from "node:fs/promises";
+import { lstat, mkdir, open, readdir, readFile, rmdir, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, test } from "vitest";
 import { run } from "../host/run.ts";
@@ -223,6 +223,9 @@ describe("a VMM that was broken into", () => {
     await symlink(victim, first);
     await mkdir(second);
     await writeFile(third, "planted");
+    // A directory is not walked into: what lies there could be exchanged under our feet.
+    await assert.rejects(driver.attach(disk, user, never), { code: "host_error" });
+    await rmdir(second);
     await driver.attach(disk, user, never);
     const prepared = await driver.prepareNextTop(disk, user, never);
     assert.deepEqual(prepared, { next });
