@@ -31,6 +31,8 @@ if (unknown.length > 0) {
 }
 
 const total = { passed: 0, failed: 0, skipped: 0 };
+/** What failed, said again at the end: a log is read from there. */
+const failures = [];
 try {
   const paths = productPaths();
   const { node, env } = await prepareTools(paths);
@@ -46,12 +48,15 @@ try {
     total.failed += result.failed;
     total.skipped += result.skipped;
     for (const skip of result.skips) say(`skipped: ${skip}`);
+    for (const failure of result.failures ?? []) failures.push(`${suite}: ${failure}`);
   }
 } catch (cause) {
   if (!(cause instanceof StepError)) throw cause;
   console.error(cause.message);
   total.failed += 1;
+  failures.push(cause.message);
 }
+if (failures.length > 0) say(`\nfailed:\n${failures.map((failure) => `  ${failure}`).join("\n")}`);
 say(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
 process.exit(total.failed === 0 && total.passed > 0 ? 0 : 1);
 
@@ -59,6 +64,7 @@ process.exit(total.failed === 0 && total.passed > 0 ? 0 : 1);
 async function vitest(project, { node, env }) {
   const dir = mkdtempSync(join(tmpdir(), "rookery-test-"));
   const report = join(dir, "report.json");
+  const unhandled = join(dir, "unhandled.json");
   try {
     const child = spawn(
       node,
@@ -67,20 +73,38 @@ async function vitest(project, { node, env }) {
         "run",
         ...["--project", project],
         ...["--reporter", "default", "--reporter", "json", "--outputFile.json", report],
+        ...["--reporter", join(repoDir, "scripts", "unhandled-errors-reporter.mjs")],
       ],
-      { cwd: repoDir, env: { ...env, ...(flags.long ? { ROOKERY_LONG: "1" } : {}) }, stdio: "inherit" },
+      {
+        cwd: repoDir,
+        env: { ...env, ROOKERY_UNHANDLED_ERRORS: unhandled, ...(flags.long ? { ROOKERY_LONG: "1" } : {}) },
+        stdio: "inherit",
+      },
     );
-    const [code] = await once(child, "exit");
+    const [code, signal] = await once(child, "exit");
+    const ending = `vitest ended with ${signal ?? `exit code ${code}`}`;
     const parsed = readReport(report);
-    if (parsed === undefined) return { passed: 0, failed: 1, skipped: 0, skips: [] };
+    if (parsed === undefined)
+      return { passed: 0, failed: 1, skipped: 0, skips: [], failures: [`${ending} and no report`] };
     const tests = parsed.testResults.flatMap((file) => file.assertionResults);
     const count = (status) => tests.filter((test) => test.status === status).length;
-    const failed = count("failed");
+    const failed = tests.filter((test) => test.status === "failed");
+    // A file that could not be loaded, or an error outside of any test, fails the run without a failed test.
+    const isBroken = code !== 0 && failed.length === 0;
+    const brokenFiles = parsed.testResults.filter((file) => file.status === "failed" && file.message);
     const skips = tests.filter((test) => ["skipped", "pending", "todo"].includes(test.status));
     return {
       passed: count("passed"),
-      // A file that could not be loaded, or an error outside of any test, fails the run without a failed test.
-      failed: code !== 0 && failed === 0 ? 1 : failed,
+      failed: isBroken ? 1 : failed.length,
+      failures: isBroken
+        ? [
+            `${ending} though no test failed`,
+            ...brokenFiles.map(({ name, message }) => `${name}: ${message}`),
+            ...(readReport(unhandled) ?? []),
+          ]
+        : failed.map(
+            (test) => `${test.fullName}: ${test.failureMessages?.[0]?.split("\n")[0] ?? "no message"}`,
+          ),
       skipped: skips.length,
       skips: skips.map((test) => test.fullName),
     };
