@@ -11,7 +11,7 @@ import { openCluster } from "./hosts/cluster.ts";
 import { HostCredentials } from "./hosts/credentials.ts";
 import { DeadlineSweep } from "./hosts/deadline-sweep.ts";
 import { EventReader } from "./hosts/event-reader.ts";
-import { openHostClient } from "./hosts/host-client.ts";
+import { type OpenTransport, openHostClient } from "./hosts/host-client.ts";
 import { HostClientPool, type OpenClient } from "./hosts/host-client-pool.ts";
 import { HostMonitor } from "./hosts/host-monitor.ts";
 import { type Loop, startLoop } from "./hosts/loop.ts";
@@ -45,7 +45,15 @@ export interface ControlPlane {
   close(): Promise<void>;
 }
 
-export async function openControlPlane(config: Config, log: Log): Promise<ControlPlane> {
+/** What a simulated run puts in the place of the world's. */
+export interface Seams {
+  clock?: Clock;
+  openTransport?: OpenTransport;
+  /** Overrides of what waits for hosts. */
+  client?: Partial<typeof CLIENT>;
+}
+
+export async function openControlPlane(config: Config, log: Log, seams: Seams = {}): Promise<ControlPlane> {
   const {
     db,
     pool: connections,
@@ -58,7 +66,7 @@ export async function openControlPlane(config: Config, log: Log): Promise<Contro
     onError: (cause) => log.warn({ err: cause }, "an idle connection to the database broke"),
   });
   const migrations = await readMigrations(MIGRATIONS_DIR);
-  const clock: Clock = systemClock;
+  const { clock = systemClock, openTransport, client } = seams;
   const now = (): number => clock.now();
   const random = randomBytes;
   const ids = newIds(random);
@@ -70,7 +78,7 @@ export async function openControlPlane(config: Config, log: Log): Promise<Contro
     const cluster = await openCluster(db, { sealer, ids, random });
     const token = commandTokens(cluster, now);
     const open: OpenClient = (endpoint) =>
-      openHostClient(endpoint, { ...CLIENT, clusterId: cluster.id, now, token });
+      openHostClient(endpoint, { ...CLIENT, ...client, clusterId: cluster.id, now, token }, openTransport);
     const hostDeps = { db, pool: new HostClientPool(open), clock, log };
     const credentials = new HostCredentials({ db, cluster, random, now, options: config.credentials });
     const loops = prepareLoops(config, hostDeps, ids.text(20));
@@ -118,7 +126,7 @@ function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" |
     reader: replica,
     leaseMs: config.eventLeaseMs,
     maxHosts: MAX_READ_HOSTS,
-    againMs: 1_000,
+    againMs: Math.min(1_000, config.eventLeaseMs),
   });
   const loops: Loop[] = [];
   const start = (name: string, everyMs: number, round: () => Promise<unknown>): void => {

@@ -7,7 +7,7 @@
  * command that runs in a guest, or bytes written there, are never sent twice.
  */
 import { create } from "@bufbuild/protobuf";
-import { type Client, type Interceptor, createClient } from "@connectrpc/connect";
+import { type Client, type Interceptor, type Transport, createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
 import { RookeryError } from "@rookery/protocol/errors";
 import {
@@ -44,28 +44,41 @@ const CHUNK_BYTES = 1 << 20;
 const MAX_OUTPUT_BYTES = 4 << 20;
 const MAX_MESSAGE_BYTES = 2 * MAX_OUTPUT_BYTES + (1 << 20);
 
+/** How messages get to a host: over HTTP/2, or over a network that a test made. */
+export type OpenTransport = (
+  endpoint: HostEndpoint,
+  options: HostClientOptions & { interceptors: Interceptor[] },
+) => { transport: Transport; close(): void };
+
 export function openHostClient(
   endpoint: HostEndpoint,
   options: HostClientOptions,
+  openTransport: OpenTransport = overHttp2,
 ): { agent: HostAgent; close(): void } {
-  const { address, certificateFingerprint } = endpoint;
-  const baseUrl = `${certificateFingerprint === undefined ? "http" : "https"}://${address}`;
-  const session = new HostSession({ ...options, authority: new URL(baseUrl).origin, certificateFingerprint });
   const authorize: Interceptor = (next) => async (request) => {
     request.header.set("authorization", `Bearer ${await options.token(endpoint.id)}`);
     return next(request);
   };
+  const way = openTransport(endpoint, { ...options, interceptors: [authorize] });
+  return {
+    agent: hostAgent(createClient(HostAgentService, way.transport), options),
+    close: () => way.close(),
+  };
+}
+
+const overHttp2: OpenTransport = ({ address, certificateFingerprint }, { interceptors, ...options }) => {
+  const baseUrl = `${certificateFingerprint === undefined ? "http" : "https"}://${address}`;
+  const session = new HostSession({ ...options, authority: new URL(baseUrl).origin, certificateFingerprint });
   const transport = createConnectTransport({
     baseUrl,
     httpVersion: "2",
     sessionManager: session,
     acceptCompression: [],
     readMaxBytes: MAX_MESSAGE_BYTES,
-    interceptors: [authorize],
+    interceptors,
   });
-  const client = createClient(HostAgentService, transport);
-  return { agent: hostAgent(client, options), close: () => session.close() };
-}
+  return { transport, close: () => session.close() };
+};
 
 function hostAgent(client: Client<typeof HostAgentService>, options: HostClientOptions): HostAgent {
   const { clusterId, lookMs: timeoutMs } = options;

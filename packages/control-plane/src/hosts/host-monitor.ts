@@ -38,8 +38,11 @@ export interface MonitorOptions {
   batch: number;
 }
 
-/** Longer than this without any replica, and heartbeats were lost through no fault of the hosts. */
-const RECEPTIVE_GAP_MS = 30_000;
+/**
+ * The part of the silence that counts (30 s of 90) for which no replica was
+ * there: any longer, and heartbeats were lost through no fault of the hosts.
+ */
+const RECEPTIVE_GAP = 1 / 3;
 const PAGE = 1_000;
 /** Settling at once, per host: each is a few queries, some a call. */
 const PARALLEL = 8;
@@ -58,8 +61,8 @@ export class HostMonitor {
   /** Checks the hosts that are due; a hung one delays only itself, and this round by its limit at most. */
   async round(signal: AbortSignal): Promise<void> {
     const { db } = this.#deps;
-    const { batch, everyMs } = this.#options;
-    const receptiveMs = await touchReceptive(db, RECEPTIVE_GAP_MS);
+    const { batch, everyMs, silentMs } = this.#options;
+    const receptiveMs = await touchReceptive(db, silentMs * RECEPTIVE_GAP);
     const due = await claimDueHosts(db, { limit: batch, everyMs });
     await Promise.all(due.map((host) => this.#check(host, receptiveMs, signal)));
   }

@@ -44,13 +44,21 @@ const failureSchema = z.object({ error: z.object({ code: z.string(), message: z.
 
 const MAX_ANSWER_BYTES = 64 << 10;
 
+/** How a request travels: by undici, or over a network that a test made. */
+export type Send = (
+  url: URL,
+  request: { method: "POST"; headers: Record<string, string>; body: string; signal: AbortSignal },
+) => Promise<{ statusCode: number; body: AsyncIterable<Uint8Array> }>;
+
 export class ControlPlaneClient {
   readonly #url: string;
   readonly #timeoutMs: number;
+  readonly #send: Send;
 
-  constructor(url: string, options: { timeoutMs: number }) {
+  constructor(url: string, options: { timeoutMs: number; send?: Send }) {
     this.#url = url;
     this.#timeoutMs = options.timeoutMs;
+    this.#send = options.send ?? request;
   }
 
   register(
@@ -112,7 +120,7 @@ export class ControlPlaneClient {
     signal: AbortSignal,
   ): Promise<z.output<S>> {
     const limit = AbortSignal.any([signal, AbortSignal.timeout(this.#timeoutMs)]);
-    const { statusCode, body } = await request(new URL(path, this.#url), {
+    const { statusCode, body } = await this.#send(new URL(path, this.#url), {
       method: "POST",
       headers: {
         "content-type": "application/json",

@@ -11,7 +11,12 @@ import { join, relative } from "node:path";
 import type { Logger } from "../deps.ts";
 import { Failpoints, type FailpointOptions } from "../../failpoints/failpoints.ts";
 import type { SandboxId, SnapshotId, WarmKey } from "../../ids.ts";
-import { openSimulatedVmm, type ProcessTable, type SimulatedVmmDriver } from "../../vmm/simulated.ts";
+import {
+  openSimulatedVmm,
+  type ProcessTable,
+  type SimulatedVmmDriver,
+  type SimulatedVmmOptions,
+} from "../../vmm/simulated.ts";
 import { systemClock, type Clock } from "../clock.ts";
 import { FAILPOINTS } from "../operations.ts";
 import { MANAGER_DEFAULTS, type Deps, type ManagerConfig } from "../deps.ts";
@@ -36,6 +41,10 @@ export interface SimulatedMachineOptions {
   trouble?: (effect: string) => void;
   logger?: Logger;
   freeDiskBytes?: () => number;
+  /** A table that outlives this agent; the default one lies in the machine's directory. */
+  processes?: ProcessTable;
+  /** Passes the time that a VMM takes. */
+  pause?: SimulatedVmmOptions["pause"];
 }
 
 export interface SimulatedMachine {
@@ -65,8 +74,9 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
     mkdirSync(join(root, "warm"));
     writeFileSync(join(root, "warm", "memory.base"), baseMemory);
   }
-  const processes = directoryProcessTable(join(hostDir, "processes"));
-  const vmm = openSimulatedVmm({ processes, random, guestWritesDisk: true });
+  const processes = options.processes ?? directoryProcessTable(join(hostDir, "processes"));
+  const { pause } = options;
+  const vmm = openSimulatedVmm({ processes, random, guestWritesDisk: true, pause });
   const warm: WarmImage = {
     key: createHash("sha256").update("warm").digest("hex") as WarmKey,
     base: {
