@@ -19,6 +19,23 @@ test("a flag wins over its variable", () => {
   assert.deepEqual(config.listen, { host: "::1", port: 0 });
 });
 
+test("only loopback goes without TLS, and what is dialled may differ from what is listened on", () => {
+  assert.equal(read().tls, false);
+  assert.equal(read({}, { address: "[::1]:7071" }).tls, false);
+  const remote = read({}, { address: "192.0.2.7:7071" });
+  assert.equal(remote.tls, true);
+  assert.deepEqual(remote.listen, { host: "192.0.2.7", port: 7071 });
+  const named = read({
+    ROOKERY_AGENT_ADDRESS: "agent-7.example.org:443",
+    ROOKERY_AGENT_LISTEN: "0.0.0.0:7071",
+  });
+  assert.deepEqual(named.address, { host: "agent-7.example.org", port: 443 });
+  assert.deepEqual(named.listen, { host: "0.0.0.0", port: 7071 });
+  assert.equal(named.tls, true);
+  const forwarded = { ROOKERY_AGENT_ADDRESS: "192.0.2.7:7071", ROOKERY_AGENT_LISTEN: "127.0.0.1:1" };
+  assert.equal(read(forwarded).tls, true);
+});
+
 test("two data directories have two names on the host", () => {
   assert.notEqual(read({}, { data: "/a" }).instance, read({}, { data: "/b" }).instance);
 });
@@ -35,6 +52,10 @@ test("what is wrong is named", () => {
   refused({ ROOKERY_CONTROL_PLANE: "http://10.0.0.1:8080" }, /plain HTTP is for loopback only/);
   refused({ ROOKERY_CONTROL_PLANE: "ftp://x" }, /^ROOKERY_CONTROL_PLANE/);
   refused({ ROOKERY_REGISTRATION_TOKEN: "t" }, /needs the control plane's URL/);
+  refused({ ROOKERY_AGENT_ADDRESS: "0.0.0.0:7071" }, /nobody can call 0\.0\.0\.0/);
+  refused({ ROOKERY_AGENT_ADDRESS: "[::]:7071" }, /nobody can call ::/);
+  refused({ ROOKERY_AGENT_ADDRESS: "agent-7:7071" }, /^ROOKERY_AGENT_LISTEN: must be an IP address/);
+  refused({ ROOKERY_CONTROL_PLANE_CA: "ca.pem" }, /^ROOKERY_CONTROL_PLANE_CA/);
   for (const text of ["7071", "host", "a:b:1", "127.0.0.1:70000", "[127.0.0.1:1"]) {
     assert.throws(() => parseAddress(text), { code: "invalid_request" });
   }

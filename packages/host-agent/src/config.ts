@@ -3,9 +3,11 @@
  * object. Only `main.ts` hands it `process.env`; nobody else reads it.
  */
 import { createHash } from "node:crypto";
+import { isIP, isIPv6 } from "node:net";
 import { isAbsolute, join, resolve } from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
 import { z } from "zod";
+import { isLoopback } from "./host/loopback.ts";
 
 /** What the command line may say; each wins over its variable. */
 export interface ConfigFlags {
@@ -35,8 +37,13 @@ const environmentSchema = z.object({
   ROOKERY_IMAGE_DIR: path.optional(),
   /** Sockets: short, since their paths end at 107 bytes. */
   ROOKERY_RUNTIME_DIR: path.optional(),
+  /** Where the control plane finds this agent. */
   ROOKERY_AGENT_ADDRESS: z.string().default("127.0.0.1:7071"),
+  /** Where the agent listens, when that is another address than the one it is found at. */
+  ROOKERY_AGENT_LISTEN: z.string().optional(),
   ROOKERY_CONTROL_PLANE: z.url({ protocol: /^https?$/ }).optional(),
+  /** PEM file of the only authorities that the control plane's certificate may come from; default: Node's. */
+  ROOKERY_CONTROL_PLANE_CA: path.optional(),
   ROOKERY_REGISTRATION_TOKEN: z.string().min(1).max(512).optional(),
   ROOKERY_VMM: z.enum(["auto", "qemu"]).default("auto"),
   ROOKERY_ROOT_DISK: z.enum(["auto", "qcow2"]).default("auto"),
@@ -121,8 +128,9 @@ export function readConfig(
     /** All VMMs' cgroups are below this one. */
     cgroup: `rookery-${instance}`,
     runtimeDir: env.ROOKERY_RUNTIME_DIR ?? `/run/rookery-${instance}/agent`,
-    listen: parseAddress(env.ROOKERY_AGENT_ADDRESS),
+    ...addresses(env.ROOKERY_AGENT_ADDRESS, env.ROOKERY_AGENT_LISTEN),
     controlPlaneUrl: env.ROOKERY_CONTROL_PLANE,
+    controlPlaneCaFile: env.ROOKERY_CONTROL_PLANE_CA,
     registrationToken: env.ROOKERY_REGISTRATION_TOKEN,
     drivers: Object.freeze({
       vmm: env.ROOKERY_VMM,
@@ -169,6 +177,34 @@ export function parseAddress(text: string): { host: string; port: number } {
     throw new RookeryError("invalid_request", `${text} is not an address such as 127.0.0.1:7071`);
   }
   return { host, port };
+}
+
+function addresses(addressText: string, listenText: string | undefined) {
+  const address = parseAddress(addressText);
+  const listen = listenText === undefined ? address : parseAddress(listenText);
+  if (isUnspecified(address.host)) {
+    throw new RookeryError(
+      "invalid_request",
+      `ROOKERY_AGENT_ADDRESS: nobody can call ${address.host}; say where the control plane finds this host, and ROOKERY_AGENT_LISTEN=${addressText}`,
+    );
+  }
+  if (isIP(listen.host) === 0) {
+    throw new RookeryError(
+      "invalid_request",
+      `ROOKERY_AGENT_LISTEN: must be an IP address with a port, such as 0.0.0.0:${address.port}, since ${listen.host} is a name`,
+    );
+  }
+  return {
+    /** What the control plane is told; port 0: the one that was bound. */
+    address: Object.freeze(address),
+    listen: Object.freeze(listen),
+    /** TLS, unless nobody but this machine can call. */
+    tls: !isLoopback(listen.host) || !isLoopback(address.host),
+  };
+}
+
+function isUnspecified(host: string): boolean {
+  return host === "0.0.0.0" || (isIPv6(host) && /^[0:]+$/.test(host));
 }
 
 /** Tokens go over this connection: plain HTTP is for loopback only. */

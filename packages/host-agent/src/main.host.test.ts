@@ -3,12 +3,12 @@
  * control plane of this test, without any guest.
  */
 import { strict as assert } from "node:assert";
-import { spawn } from "node:child_process";
+import { execFileSync, spawn } from "node:child_process";
 import type { ChildProcess } from "node:child_process";
 import { generateKeyPairSync } from "node:crypto";
 import { once } from "node:events";
 import { existsSync } from "node:fs";
-import { mkdtemp } from "node:fs/promises";
+import { mkdtemp, rm } from "node:fs/promises";
 import { createServer } from "node:http";
 import type { Server } from "node:http";
 import { tmpdir } from "node:os";
@@ -34,12 +34,21 @@ const sign = (audience: string): Promise<string> =>
     .setIssuedAt()
     .setExpirationTime("60s")
     .sign(privateKey);
-const registration = z.object({ address: z.string(), drivers: z.record(z.string(), z.string()) });
+const registration = z.object({
+  token: z.string(),
+  address: z.string(),
+  certificate_fingerprint: z.string().optional(),
+  drivers: z.record(z.string(), z.string()),
+});
+/** TEST-NET-2 (RFC 5737): nobody's. */
+const REMOTE = `198.51.100.${1 + (process.pid % 250)}`;
+const LINK = `rkm${process.pid % 100_000}`;
 
 let plane: Server;
 let planeUrl: string;
 let registered: z.output<typeof registration> | undefined;
 let heartbeats: number;
+let used: Set<string>;
 let dir: string;
 const agents: ChildProcess[] = [];
 
@@ -49,7 +58,11 @@ beforeAll(async () => {
     request.on("data", (part: Buffer) => parts.push(part));
     request.on(
       "end",
-      () => void answer(request.url!, Buffer.concat(parts).toString()).then((text) => response.end(text)),
+      () =>
+        void answer(request.url!, Buffer.concat(parts).toString()).then(
+          (text) => response.end(text),
+          () => response.writeHead(401).end(),
+        ),
     );
   }).listen(0, "127.0.0.1");
   await once(plane, "listening");
@@ -68,7 +81,10 @@ async function answer(path: string, body: string): Promise<string> {
     heartbeats += 1;
     return JSON.stringify({ acknowledged_event: 0 });
   }
-  registered = registration.parse(JSON.parse(body));
+  const asked = registration.parse(JSON.parse(body));
+  if (used.has(asked.token)) throw new Error("it is used");
+  used.add(asked.token);
+  registered = asked;
   return JSON.stringify({
     host_id: HOST_ID,
     cluster_id: "cluster-1",
@@ -82,6 +98,7 @@ beforeEach(async () => {
   dir = await mkdtemp(join(tmpdir(), "rookery-agent-"));
   registered = undefined;
   heartbeats = 0;
+  used = new Set();
 });
 afterEach(async () => {
   for (const agent of agents.splice(0)) {
@@ -117,14 +134,14 @@ async function runAgent(args: string[]): Promise<{ code: unknown; stdout: string
   return { code, stdout, stderr };
 }
 
-const serveArgs = () => [
+const serveArgs = (address = "127.0.0.1:0", token = "token") => [
   "serve",
   "--control-plane",
   planeUrl,
   "--register",
-  "token",
+  token,
   "--address",
-  "127.0.0.1:0",
+  address,
 ];
 
 async function serving(args: string[]): Promise<ChildProcess> {
@@ -180,6 +197,41 @@ test("an agent that was killed goes on with its credentials; destroy-all ends it
   assert(!existsSync(join(dir, "run")));
   const { cgroup } = readConfig({ ROOKERY_AGENT_DATA: join(dir, "data") }, {}, "/");
   assert.deepEqual(await listOwnedCgroups(cgroup), []);
+});
+
+test("two agents with one token: one wins, and the other says that it was refused", async () => {
+  used.add("token");
+  const { code, stderr } = await runAgent(serveArgs());
+  assert.equal(code, 3);
+  assert.match(stderr, /refuses the registration token.*Ask for a new one/);
+  assert(!existsSync(join(dir, "data", "credentials.json")));
+});
+
+test("on an address that others can reach it speaks TLS, with the certificate that it registered with", async () => {
+  execFileSync("ip", ["link", "add", LINK, "type", "veth", "peer", "name", `${LINK}p`]);
+  try {
+    execFileSync("ip", ["addr", "add", `${REMOTE}/32`, "dev", LINK]);
+    execFileSync("ip", ["link", "set", LINK, "up"]);
+    const stop = async (agent: ChildProcess): Promise<void> => {
+      agent.kill("SIGTERM");
+      await once(agent, "exit");
+    };
+    await stop(await serving(serveArgs(`${REMOTE}:0`)));
+    const { address, certificate_fingerprint: first } = registered!;
+    assert.match(address, new RegExp(`^${REMOTE}:[1-9]`));
+    assert.match(first!, /^[0-9a-f]{64}$/);
+    await stop(await serving(["serve", "--address", address]));
+
+    // Without it nobody could call this host: it does not pretend to work.
+    await rm(join(dir, "data", "certificate.pem"));
+    const { code, stderr } = await runAgent(["serve", "--address", address]);
+    assert.equal(code, 1);
+    assert.match(stderr, /certificate\.pem .* register the host again/);
+    await stop(await serving(serveArgs(address, "another")));
+    assert.notEqual(registered!.certificate_fingerprint, first);
+  } finally {
+    execFileSync("ip", ["link", "del", LINK]);
+  }
 });
 
 test("an agent that nobody registered says what to do", async () => {

@@ -116,7 +116,7 @@ function openLogger(settings: Config, fd: 1 | 2): Logger {
 
 const app = buildAgentApp(actions, {
   version: packageJson.version,
-  exitCodeOf: () => 1,
+  exitCodeOf: (error) => (error instanceof RookeryError && error.code === "invalid_token" ? 3 : 1),
   wordsOf: (error) => {
     if (error instanceof RookeryError) return `rookery-agent: ${error.message}`;
     return `rookery-agent: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`;

@@ -2,16 +2,20 @@
  * `rookery-agent serve`: the core, its RPC server, and its bond with the
  * control plane, until a signal ends it. VMs outlive it.
  */
-import { statfs } from "node:fs/promises";
+import { randomBytes } from "node:crypto";
+import { readFile, statfs } from "node:fs/promises";
 import { arch, availableParallelism, freemem, loadavg, totalmem } from "node:os";
+import { createSecureContext } from "node:tls";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Logger } from "pino";
 import type { Config } from "./config.ts";
+import { openCertificate } from "./control-plane/certificate.ts";
 import { ControlPlaneClient } from "./control-plane/control-plane-client.ts";
 import type { Heartbeat, HostDescription } from "./control-plane/control-plane-client.ts";
 import { ControlPlaneLink } from "./control-plane/control-plane-link.ts";
 import { CredentialStore } from "./control-plane/credentials.ts";
-import { registerHost } from "./control-plane/register.ts";
+import type { Credentials } from "./control-plane/credentials.ts";
+import { isNewRegistration, registerHost } from "./control-plane/register.ts";
 import { openAgent } from "./open-agent.ts";
 import type { Agent } from "./open-agent.ts";
 import { startRpcServer } from "./rpc/server.ts";
@@ -41,12 +45,23 @@ export async function serve(
   if (store.current !== undefined && store.current.controlPlaneUrl !== url) {
     await store.replace({ ...store.current, controlPlaneUrl: url });
   }
+  const ca =
+    config.controlPlaneCaFile === undefined ? undefined : await readAuthorities(config.controlPlaneCaFile);
+  await using client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS, ca });
   await using agent = await openAgent({ config, logger, signal: stop });
   const { manager, envd, failpoints } = agent;
+  const certificate = config.tls
+    ? await openCertificate(config.dataDir, { nowMs: () => systemClock.nowMs(), randomBytes })
+    : undefined;
+  const token = config.registrationToken;
+  if (token === undefined || !isNewRegistration(store.current, token)) {
+    requireRegistered(store.current!, certificate?.fingerprint);
+  }
 
   // First the server: once registered, the control plane may call at any moment.
   const server = await startRpcServer({
     listen: config.listen,
+    certificate: certificate?.pem,
     trust: () => store.current,
     operations: manager,
     envd,
@@ -54,16 +69,16 @@ export async function serve(
     logger,
   });
   try {
-    const client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS });
     const reach = (name: string): void | Promise<void> => failpoints.reach(name);
-    if (config.registrationToken !== undefined) {
-      const host = await describeHost(agent, config, { address: server.address, version: options.version });
-      await registerHost(
-        { client, store, controlPlaneUrl: url, reach },
-        config.registrationToken,
-        host,
-        stop,
-      );
+    const address = textOf({ ...config.address, port: config.address.port || server.address.port });
+    if (token !== undefined) {
+      const found = { address, certificateFingerprint: certificate?.fingerprint };
+      const host = await describeHost(agent, config, { ...found, version: options.version });
+      await registerHost({ client, store, controlPlaneUrl: url, reach }, token, host, stop);
+    }
+    const registeredAt = store.current?.address;
+    if (registeredAt !== undefined && registeredAt !== address) {
+      logger.error({ registeredAt, address }, "the control plane knows another address of this host");
     }
     logger.info({ ...server.address, hostId: store.current?.hostId, vmm: agent.vmm.kind }, "ready");
     await new ControlPlaneLink({
@@ -85,15 +100,47 @@ export async function serve(
   }
 }
 
+/** An agent whose calls nobody can make would look alive: better that it does not start. VMs go on meanwhile. */
+function requireRegistered(current: Credentials, fingerprint: string | undefined): void {
+  if (current.certificateFingerprint === fingerprint) return;
+  throw new RookeryError(
+    "invalid_request",
+    current.certificateFingerprint === undefined || fingerprint === undefined
+      ? "This host registered with another kind of address (with TLS, or on loopback without): use that one, or register it again with --register TOKEN"
+      : "certificate.pem in the data directory is not the one that this host registered with: put that one back, or register the host again with --register TOKEN",
+  );
+}
+
+/** Throws `invalid_request`: without them nobody could be trusted. */
+async function readAuthorities(path: string): Promise<string> {
+  try {
+    const pem = await readFile(path, "utf8");
+    createSecureContext({ ca: pem });
+    if (!pem.includes("-----BEGIN CERTIFICATE-----")) throw new Error("there is no certificate in it");
+    return pem;
+  } catch (cause) {
+    throw new RookeryError(
+      "invalid_request",
+      `ROOKERY_CONTROL_PLANE_CA: ${path} can't be used: ${String(cause)}`,
+      {
+        cause,
+      },
+    );
+  }
+}
+
+function textOf({ host, port }: { host: string; port: number }): string {
+  return `${host.includes(":") ? `[${host}]` : host}:${port}`;
+}
+
 async function describeHost(
   { vmm, vmmProbe, rootDisk, network }: Agent,
   config: Config,
-  { address, version }: { address: { host: string; port: number }; version: string },
+  found: Pick<HostDescription, "address" | "certificateFingerprint" | "version">,
 ): Promise<Omit<HostDescription, "publicKey">> {
   const { blocks, bsize } = await statfs(config.dataDir);
-  const host = address.host.includes(":") ? `[${address.host}]` : address.host;
   return {
-    address: `${host}:${address.port}`,
+    ...found,
     arch: arch(),
     cpus: availableParallelism(),
     memoryMb: Math.floor(totalmem() / (1 << 20)),
@@ -104,7 +151,6 @@ async function describeHost(
       root_disk: rootDisk.kind,
       network: network.kind,
     },
-    version,
   };
 }
 

@@ -2,8 +2,8 @@
  * The commands of `rookery-agent`. What they do is handed in by `main.ts`.
  *
  * With --json, standard output holds JSON alone, one value a line; progress and
- * words for people go to standard error. Exit codes: 0 done, 1 failed, others
- * (stricli's) not understood.
+ * words for people go to standard error. Exit codes: 0 done, 1 failed, 3 the
+ * registration token was refused, others (stricli's) not understood.
  */
 import { buildApplication, buildCommand, buildRouteMap, text_en } from "@stricli/core";
 import type { Application, CommandContext } from "@stricli/core";
@@ -36,7 +36,7 @@ export function buildAgentApp(
         register: text("One-time registration token (ROOKERY_REGISTRATION_TOKEN)", "TOKEN"),
         controlPlane: text("URL of the control plane (ROOKERY_CONTROL_PLANE)", "URL"),
         address: text(
-          "Where to listen, and where the control plane finds us (ROOKERY_AGENT_ADDRESS)",
+          "Where the control plane finds this host, and where to listen unless ROOKERY_AGENT_LISTEN says (ROOKERY_AGENT_ADDRESS)",
           "HOST:PORT",
         ),
         data,

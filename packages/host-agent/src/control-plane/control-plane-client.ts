@@ -4,7 +4,7 @@
  * Answers are bounded and parsed. A 401 or 403 is `TokenRefused`; whatever else
  * goes wrong says nothing about trust and is worth another try.
  */
-import { request } from "undici";
+import { Agent, request } from "undici";
 import { z } from "zod";
 
 /** The control plane answered that it does not accept the token that was shown. */
@@ -14,6 +14,8 @@ export class TokenRefused extends Error {
 
 export interface HostDescription {
   address: string;
+  /** SHA-256 of our certificate, hex; absent where we are called on loopback alone. */
+  certificateFingerprint?: string | undefined;
   /** Ed25519, SPKI (DER) in base64. */
   publicKey: string;
   arch: string;
@@ -53,12 +55,20 @@ export type Send = (
 export class ControlPlaneClient {
   readonly #url: string;
   readonly #timeoutMs: number;
+  readonly #connections: Agent;
   readonly #send: Send;
 
-  constructor(url: string, options: { timeoutMs: number; send?: Send }) {
+  /** `ca`: PEM of the only authorities whose word counts; absent: Node's own list. */
+  constructor(url: string, options: { timeoutMs: number; ca?: string | undefined; send?: Send }) {
     this.#url = url;
     this.#timeoutMs = options.timeoutMs;
-    this.#send = options.send ?? request;
+    this.#connections = new Agent(options.ca === undefined ? {} : { connect: { ca: options.ca } });
+    this.#send =
+      options.send ?? ((to, message) => request(to, { ...message, dispatcher: this.#connections }));
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#connections.destroy();
   }
 
   register(
@@ -69,6 +79,7 @@ export class ControlPlaneClient {
     const body = {
       token,
       address: host.address,
+      certificate_fingerprint: host.certificateFingerprint,
       public_key: host.publicKey,
       arch: host.arch,
       cpus: host.cpus,

@@ -127,6 +127,7 @@ const register = (token = "one-time") =>
     token,
     {
       address: "127.0.0.1:7071",
+      certificateFingerprint: "ab".repeat(32),
       arch: "x64",
       cpus: 2,
       memoryMb: 1000,
@@ -178,13 +179,14 @@ test("a one-time token becomes credentials that only root can read, and is not s
   assert.deepEqual((await CredentialStore.open(dir)).current, store.current);
   await register();
   assert.equal(plane.calls.length, 1);
+  assert.equal(plane.calls[0]!.body["certificate_fingerprint"], "ab".repeat(32));
   assert(!(await readFile(path, "utf8")).includes("one-time"));
 });
 
 test("a token that was refused changes nothing", async () => {
   await register();
   const before = store.current;
-  await assert.rejects(register("spent"), { name: "TokenRefused" });
+  await assert.rejects(register("spent"), { code: "invalid_token", message: /Ask for a new one/ });
   assert.deepEqual(store.current, before);
 });
 

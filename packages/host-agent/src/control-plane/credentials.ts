@@ -18,6 +18,9 @@ const credentialsSchema = z.object({
   refreshToken: z.string().min(1),
   /** Our own Ed25519 key, PKCS #8 (DER) in base64; the control plane has its public half. */
   privateKey: z.string().min(1),
+  /** Where, and with which certificate, the control plane was told to find us. */
+  address: z.string().optional(),
+  certificateFingerprint: z.string().optional(),
   /** SHA-256 of the registration token that these came from: the same token again is no new registration. */
   registeredWith: z.string(),
 });

@@ -1,23 +1,13 @@
-/**
- * What every call passes: the log, the translation of errors, the check of who
- * calls; outermost first.
- */
+/** What every admitted call passes: the log, and the translation of errors. */
 import { Code, ConnectError, createContextKey } from "@connectrpc/connect";
 import type { ContextKey, Interceptor, StreamResponse } from "@connectrpc/connect";
 import type { Clock } from "../sandbox-manager/clock.ts";
 import type { Logger } from "../sandbox-manager/deps.ts";
-import type { TokenVerifier, Trust } from "./auth.ts";
+import type { Trust } from "./auth.ts";
 import { isUnexpected, toConnectError } from "./errors.ts";
 
 /** Who commands: set for every call that reaches the service. */
 export const TRUST: ContextKey<Trust | undefined> = createContextKey<Trust | undefined>(undefined);
-
-export function authenticate(verifier: TokenVerifier): Interceptor {
-  return (next) => async (request) => {
-    request.contextValues.set(TRUST, await verifier.verify(request.header.get("authorization")));
-    return next(request);
-  };
-}
 
 /** Logs each call once it has ended: what, for whom, how long, with which code. Never contents. */
 export function logAndTranslate(logger: Logger, clock: Clock): Interceptor {

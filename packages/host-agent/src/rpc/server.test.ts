@@ -442,7 +442,7 @@ test("closing does not wait for those who follow events", async () => {
   await following;
 });
 
-test("an address that others can reach is refused", async () => {
+test("without TLS, an address that others can reach is refused", async () => {
   for (const host of ["0.0.0.0", "10.0.0.1", "::", "example"]) {
     await assert.rejects(
       startRpcServer({
