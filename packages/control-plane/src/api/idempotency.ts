@@ -9,28 +9,34 @@
  */
 import type { FastifyReply, FastifyRequest } from "fastify";
 import { createHash } from "node:crypto";
-import type { Services } from "../service/services.ts";
+import type { Creation, Services } from "../service/services.ts";
 import { callerOf } from "./authentication.ts";
 import { invalidField } from "./violations.ts";
 
 export const IDEMPOTENCY_HEADER = "Idempotency-Key";
+const CREATED = 201;
 const KEY = /^[\x20-\x7e]{1,255}$/;
 
-/** What `work` answers, or what it answered before: its status is set, its body returned. */
-export async function answerOnce<T>(
+/** Makes something, once where there is a key, and answers 201 with its body. */
+export async function answerOnce<Made, Body>(
   services: Services,
   request: FastifyRequest,
   reply: Pick<FastifyReply, "code">,
-  work: () => Promise<{ status: number; body: T }>,
-): Promise<T> {
+  creation: { make: Creation<Made>["make"]; render: (made: Made) => Body },
+): Promise<Body> {
   const key = keyOf(request);
-  const answer =
-    key === undefined
-      ? await work()
-      : await services.idempotent(callerOf(request), key, fingerprintOf(request), work);
+  if (key === undefined) {
+    const made = await creation.make();
+    reply.code(CREATED);
+    return creation.render(made);
+  }
+  const answer = await services.idempotent(callerOf(request), key, fingerprintOf(request), {
+    make: creation.make,
+    answer: (made) => ({ status: CREATED, body: creation.render(made) }),
+  });
   reply.code(answer.status);
-  // oxlint-disable-next-line typescript/no-unsafe-type-assertion -- an answer of this same work, or stored of it
-  return answer.body as T;
+  // oxlint-disable-next-line typescript/no-unsafe-type-assertion -- a body of this same route, now or stored
+  return answer.body as Body;
 }
 
 function keyOf({ headers }: FastifyRequest): string | undefined {

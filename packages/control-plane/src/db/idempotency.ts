@@ -2,8 +2,9 @@
  * Idempotency keys: a claim while the work is done, then its answer, for 24 h.
  *
  * A claim is a lease: whoever works renews it, and when its replica dies another
- * call takes over. The claim's text is a fencing token: an answer is stored only
- * by who still has the claim.
+ * call takes over. The claim's text is a fencing token: only who still has it
+ * binds the key to what was made and stores the answer. Binding goes into the
+ * transaction that writes the resource's row, so a key never makes two.
  */
 import { sql } from "kysely";
 import type { TeamId } from "../model/ids.ts";
@@ -11,7 +12,8 @@ import type { Queryable } from "./database.ts";
 import { interval } from "./interval.ts";
 
 export type Claimed =
-  | { kind: "claimed" }
+  /** `resourceId`: what a call before made under this key, and did not live to answer. */
+  | { kind: "claimed"; resourceId: string | undefined }
   | { kind: "busy"; fingerprint: string }
   | { kind: "answered"; fingerprint: string; status: number; sealedBody: Buffer };
 
@@ -28,17 +30,18 @@ export async function claimIdempotencyKey(
   options: { leaseMs: number; keepMs: number },
 ): Promise<Claimed> {
   // Takes a free key, one that was forgotten, or one whose claim ran out for the same request.
-  const { rows } = await sql<{ claim: string }>`
+  const { rows } = await sql<{ resource_id: string | null }>`
     insert into idempotency_keys as held (team_id, key, fingerprint, claim, claimed_until, expires_at)
     values (${input.teamId}, ${input.key}, ${input.fingerprint}, ${input.claim},
             now() + ${interval(options.leaseMs)}, now() + ${interval(options.keepMs)})
     on conflict (team_id, key) do update
        set fingerprint = excluded.fingerprint, claim = excluded.claim, claimed_until = excluded.claimed_until,
-           expires_at = excluded.expires_at, status = null, sealed_body = null
+           expires_at = excluded.expires_at, status = null, sealed_body = null,
+           resource_id = case when held.expires_at > now() then held.resource_id end
      where held.expires_at <= now()
         or (held.status is null and held.claimed_until <= now() and held.fingerprint = excluded.fingerprint)
-    returning claim`.execute(db);
-  if (rows.length > 0) return { kind: "claimed" };
+    returning resource_id`.execute(db);
+  if (rows[0]) return { kind: "claimed", resourceId: rows[0].resource_id ?? undefined };
   const row = await db
     .selectFrom("idempotency_keys")
     .select(["fingerprint", "status", "sealed_body"])
@@ -59,42 +62,51 @@ export async function renewIdempotencyClaim(
   input: IdempotencyClaim,
   leaseMs: number,
 ): Promise<boolean> {
-  const { numUpdatedRows } = await db
-    .updateTable("idempotency_keys")
+  const { numUpdatedRows } = await heldKey(db, input)
     .set({ claimed_until: sql<Date>`now() + ${interval(leaseMs)}` })
-    .where("team_id", "=", input.teamId)
-    .where("key", "=", input.key)
-    .where("claim", "=", input.claim)
-    .where("status", "is", null)
     .executeTakeFirst();
   return numUpdatedRows === 1n;
 }
 
+/** Goes with the resource's row in one transaction. False: the claim was lost, and so must the row be. */
+export async function bindIdempotencyKey(
+  tx: Queryable,
+  input: IdempotencyClaim,
+  resourceId: string,
+): Promise<boolean> {
+  const { numUpdatedRows } = await heldKey(tx, input).set({ resource_id: resourceId }).executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
+/** False: the claim was lost to another. */
 export async function storeIdempotentAnswer(
   db: Queryable,
   input: IdempotencyClaim,
   answer: { status: number; sealedBody: Buffer },
 ): Promise<boolean> {
-  const { numUpdatedRows } = await db
-    .updateTable("idempotency_keys")
+  const { numUpdatedRows } = await heldKey(db, input)
     .set({ status: answer.status, sealed_body: answer.sealedBody })
-    .where("team_id", "=", input.teamId)
-    .where("key", "=", input.key)
-    .where("claim", "=", input.claim)
-    .where("status", "is", null)
     .executeTakeFirst();
   return numUpdatedRows === 1n;
 }
 
-/** The work failed: the key is free again. */
-export async function releaseIdempotencyClaim(db: Queryable, input: IdempotencyClaim): Promise<void> {
-  await db
-    .deleteFrom("idempotency_keys")
-    .where("team_id", "=", input.teamId)
-    .where("key", "=", input.key)
-    .where("claim", "=", input.claim)
-    .where("status", "is", null)
-    .execute();
+/**
+ * The work failed. The key is free again, unless what it made still lives (the
+ * work was cut short, by an outage of this database for one): then whoever
+ * comes next takes the claim over at once.
+ */
+export async function letGoOfIdempotencyKey(db: Queryable, input: IdempotencyClaim): Promise<void> {
+  await sql`
+    with freed as (
+      delete from idempotency_keys as k
+       where team_id = ${input.teamId} and key = ${input.key} and claim = ${input.claim} and status is null
+         and not exists (select from sandboxes s where s.id = k.resource_id and s.status not in ('stopped', 'error'))
+         and not exists (select from snapshots s where s.id = k.resource_id and s.status <> 'deleting')
+      returning key
+    )
+    update idempotency_keys set claimed_until = now()
+     where team_id = ${input.teamId} and key = ${input.key} and claim = ${input.claim} and status is null
+       and not exists (select from freed)`.execute(db);
 }
 
 /** How many expired keys were dropped, of at most `limit`. */
@@ -104,4 +116,14 @@ export async function dropExpiredIdempotencyKeys(db: Queryable, limit: number): 
       select ctid from idempotency_keys where expires_at <= now() order by expires_at limit ${limit}))
     returning key`.execute(db);
   return rows.length;
+}
+
+/** The key's row, for as long as the claim is ours and unanswered. */
+function heldKey(db: Queryable, { teamId, key, claim }: IdempotencyClaim) {
+  return db
+    .updateTable("idempotency_keys")
+    .where("team_id", "=", teamId)
+    .where("key", "=", key)
+    .where("claim", "=", claim)
+    .where("status", "is", null);
 }

@@ -88,6 +88,7 @@ export interface IdempotencyKeys {
   expires_at: Timestamp;
   fingerprint: string;
   key: string;
+  resource_id: string | null;
   sealed_body: Buffer | null;
   status: number | null;
   team_id: TeamId;

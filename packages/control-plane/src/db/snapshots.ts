@@ -122,17 +122,36 @@ export async function listSnapshots(
   return toPage(rows.map(toSnapshot), page.limit);
 }
 
-/** From here on nobody can use it; false when it was `deleting` already or is not there. */
+/** Somebody goes on with one that is `creating`; undefined when it is not, or not this team's. */
+export async function extendSnapshotDeadline(
+  db: Queryable,
+  teamId: TeamId,
+  id: SnapshotId,
+  deadlineMs: number,
+): Promise<SnapshotRecord | undefined> {
+  const row = await db
+    .updateTable("snapshots")
+    .set({ operation_deadline: sql<Date>`now() + ${interval(deadlineMs)}` })
+    .where("id", "=", id)
+    .where("team_id", "=", teamId)
+    .where("status", "=", "creating")
+    .returningAll()
+    .executeTakeFirst();
+  return row && toSnapshot(row);
+}
+
+/** From here on nobody can use it. Compare-and-set: false when it is not `from` any more. */
 export async function markSnapshotDeleting(
   db: Queryable,
   id: SnapshotId,
   deadlineMs: number,
+  from: "creating" | "ready",
 ): Promise<boolean> {
   const { numUpdatedRows } = await db
     .updateTable("snapshots")
     .set({ status: "deleting", operation_deadline: sql<Date>`now() + ${interval(deadlineMs)}` })
     .where("id", "=", id)
-    .where("status", "!=", "deleting")
+    .where("status", "=", from)
     .executeTakeFirst();
   return numUpdatedRows === 1n;
 }

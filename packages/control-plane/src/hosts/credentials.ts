@@ -10,7 +10,7 @@
  * strikes, on either side, the host holds a token that works.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import type { Database } from "../db/database.ts";
+import type { Database, Queryable } from "../db/database.ts";
 import {
   consumeRegistrationToken,
   deleteRefreshTokens,
@@ -62,13 +62,10 @@ export class HostCredentials {
   }
 
   /** Replaces the one before; kept as a hash only. */
-  async newRegistrationToken(id: HostId): Promise<{ token: string; expiresAt: Date }> {
+  async newRegistrationToken(db: Queryable, id: HostId): Promise<{ token: string; expiresAt: Date }> {
     const token = this.#newToken("rkreg_");
-    const { db, options } = this.#deps;
-    return {
-      token,
-      expiresAt: await putRegistrationToken(db, id, hashToken(token), options.registrationMs),
-    };
+    const { registrationMs } = this.#deps.options;
+    return { token, expiresAt: await putRegistrationToken(db, id, hashToken(token), registrationMs) };
   }
 
   /** The token is consumed and the host made one in the same transaction. */

@@ -7,23 +7,30 @@
  * row and to the caller.
  */
 import { RookeryError } from "@rookery/protocol/errors";
+import type { Queryable } from "../db/database.ts";
 import { type HostRecord, schedulableHosts } from "../db/hosts.ts";
 import { type SandboxRecord, findSandboxes, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
 import { teamQuota } from "../db/teams.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import { agentOf, releaseVm, settleSandbox } from "../hosts/settle.ts";
-import type { HostId, TeamId } from "../model/ids.ts";
+import type { HostId, SandboxId, TeamId } from "../model/ids.ts";
+import type { Sandbox } from "../model/sandbox.ts";
+import { awaitMade } from "./await-made.ts";
 import type { Deps } from "./deps.ts";
 import { shownError, wrongState } from "./errors.ts";
 import { holdRow } from "./hold-row.ts";
 import { type Origin, chooseShape, resolveTemplate } from "./resolve-template.ts";
-import type { Caller, CreateSandboxInput } from "./services.ts";
+import type { Caller, CreateSandboxInput, HeldKey } from "./services.ts";
 
 export async function createSandbox(
   deps: Deps,
   caller: Caller,
   input: CreateSandboxInput,
+  held?: HeldKey<Sandbox>,
 ): Promise<SandboxRecord> {
+  // oxlint-disable-next-line typescript/no-unsafe-type-assertion -- what this same use case bound the key to
+  const before = held?.resourceId && (await awaitMade(deps, caller, held.resourceId as SandboxId));
+  if (before) return before;
   const [origin, known] = await Promise.all([
     resolveTemplate(deps, caller.teamId, input.template),
     schedulableHosts(deps.db, caller.teamId),
@@ -39,7 +46,7 @@ export async function createSandbox(
     passedOver.add(host.id);
     const placed: SandboxRecord | undefined = row
       ? await moveSandbox(deps.db, row, "assign", { hostId: host.id, deadlineMs: deps.options.leaseMs })
-      : await insert(deps, order, host.id);
+      : await insert(deps, order, host.id, held);
     if (!placed) {
       // Not inserted: that host takes none any more. Not moved: it was destroyed meanwhile.
       if (row) throw await movedAway(deps, row);
@@ -77,12 +84,39 @@ function pickHost(
 }
 
 /** Undefined: the host takes no sandboxes any more. */
-async function insert(deps: Deps, order: Order, hostId: HostId): Promise<SandboxRecord | undefined> {
-  const { maxSandboxesPerTeam, leaseMs } = deps.options;
-  const row = await insertSandbox(
-    deps.db,
+async function insert(
+  deps: Deps,
+  order: Order,
+  hostId: HostId,
+  held: HeldKey<Sandbox> | undefined,
+): Promise<SandboxRecord | undefined> {
+  const row = await (held
+    ? deps.db.transaction().execute(async (tx) => {
+        const inserted = await insertInto(tx, deps, order, hostId);
+        if (inserted) await held.bind(tx, inserted.id);
+        return inserted;
+      })
+    : insertInto(deps.db, deps, order, hostId));
+  if (row) return row;
+  const { maxSandboxesPerTeam } = deps.options;
+  const quota = await teamQuota(deps.db, order.teamId);
+  const max = quota?.max ?? maxSandboxesPerTeam;
+  if (!quota || quota.live < max) return undefined;
+  throw new RookeryError("quota_exceeded", `The team has ${quota.live} sandboxes, of at most ${max}.`, {
+    details: { max_sandboxes: max },
+  });
+}
+
+function insertInto(
+  db: Queryable,
+  { ids, options }: Deps,
+  order: Order,
+  hostId: HostId,
+): Promise<SandboxRecord | undefined> {
+  return insertSandbox(
+    db,
     {
-      id: deps.ids.sandbox(),
+      id: ids.sandbox(),
       teamId: order.teamId,
       template: order.origin.name,
       snapshotId: order.origin.snapshot?.id,
@@ -95,17 +129,10 @@ async function insert(deps: Deps, order: Order, hostId: HostId): Promise<Sandbox
       timeoutMode: order.timeoutMode,
       env: order.env,
       metadata: order.metadata,
-      deadlineMs: leaseMs,
+      deadlineMs: options.leaseMs,
     },
-    { defaultQuota: maxSandboxesPerTeam },
+    { defaultQuota: options.maxSandboxesPerTeam },
   );
-  if (row) return row;
-  const quota = await teamQuota(deps.db, order.teamId);
-  const max = quota?.max ?? maxSandboxesPerTeam;
-  if (!quota || quota.live < max) return undefined;
-  throw new RookeryError("quota_exceeded", `The team has ${quota.live} sandboxes, of at most ${max}.`, {
-    details: { max_sandboxes: max },
-  });
 }
 
 type Outcome = { kind: "made"; row: SandboxRecord } | { kind: "refused"; refusal: RookeryError };

@@ -1,6 +1,7 @@
 /** Hosts: made by people, registered and kept alive by their agents. */
 import { isIPv4 } from "node:net";
 import { RookeryError } from "@rookery/protocol/errors";
+import type { Queryable } from "../db/database.ts";
 import {
   type HostScope,
   type HostWithCount,
@@ -11,23 +12,31 @@ import {
 import type { HostId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
 import { demandPlatform } from "./errors.ts";
-import type { Caller, HeartbeatInput, Host, Page, RegisterHostInput, Registration } from "./services.ts";
-
-export interface HostInvitation {
-  host: Host;
-  registrationToken: string;
-  expiresAt: Date;
-}
+import type {
+  Caller,
+  HeartbeatInput,
+  HeldKey,
+  Host,
+  HostInvitation,
+  Page,
+  RegisterHostInput,
+  Registration,
+} from "./services.ts";
 
 export async function createHost(
   deps: Deps,
   caller: Caller,
   input: { name: string; type: "shared" | "byoc"; labels: Record<string, string> },
+  held?: HeldKey<HostInvitation>,
 ): Promise<HostInvitation> {
   if (input.type === "shared") demandPlatform(caller, "A shared host");
   const id = deps.ids.host();
-  await insertHost(deps.db, { ...input, id, teamId: input.type === "byoc" ? caller.teamId : undefined });
-  return invite(deps, caller, id);
+  return deps.db.transaction().execute(async (tx) => {
+    await insertHost(tx, { ...input, id, teamId: input.type === "byoc" ? caller.teamId : undefined });
+    const made = await invite(deps, tx, caller, id);
+    await held?.complete(tx, id, made);
+    return made;
+  });
 }
 
 /** For a host that never registered, or that is silent: one at work keeps its credentials. */
@@ -38,11 +47,11 @@ export async function newRegistrationToken(deps: Deps, caller: Caller, id: HostI
       details: { status },
     });
   }
-  return invite(deps, caller, id);
+  return invite(deps, deps.db, caller, id);
 }
 
-export async function getHost(deps: Deps, caller: Caller, id: HostId): Promise<Host> {
-  const host = await findHost(deps.db, scopeOf(caller), id);
+export async function getHost({ db }: { db: Queryable }, caller: Caller, id: HostId): Promise<Host> {
+  const host = await findHost(db, scopeOf(caller), id);
   if (!host) throw new RookeryError("not_found", "There is no such host.");
   return shown(host);
 }
@@ -89,9 +98,9 @@ function scopeOf(caller: Caller): HostScope {
   return caller.role === "platform" ? "all" : { teamId: caller.teamId };
 }
 
-async function invite(deps: Deps, caller: Caller, id: HostId): Promise<HostInvitation> {
-  const { token, expiresAt } = await deps.credentials.newRegistrationToken(id);
-  return { host: await getHost(deps, caller, id), registrationToken: token, expiresAt };
+async function invite(deps: Deps, db: Queryable, caller: Caller, id: HostId): Promise<HostInvitation> {
+  const { token, expiresAt } = await deps.credentials.newRegistrationToken(db, id);
+  return { host: await getHost({ db }, caller, id), registrationToken: token, expiresAt };
 }
 
 function shown(host: HostWithCount): Host {

@@ -29,10 +29,10 @@ export function openServices(deps: Deps): Services {
       if (!(await deps.isMigrated()))
         throw new RookeryError("unavailable", "The database is not migrated yet.");
     },
-    idempotent: (caller, key, fingerprint, work) =>
-      idempotent(deps, { teamId: caller.teamId, key, fingerprint }, work),
+    idempotent: (caller, key, fingerprint, creation) =>
+      idempotent(deps, { teamId: caller.teamId, key, fingerprint }, creation),
 
-    createSandbox: (caller, input) => createSandbox(deps, caller, input),
+    createSandbox: (caller, input, held) => createSandbox(deps, caller, input, held),
     listSandboxes: (caller, input) => list(deps, caller, input),
     getSandbox: (caller, id) => getSandbox(deps, caller, id),
     updateSandbox: (caller, id, input) => updateSandbox(deps, caller, id, input),
@@ -44,21 +44,21 @@ export function openServices(deps: Deps): Services {
     writeFile: (caller, id, path, content, signal) => guests.writeFile(caller, id, path, content, signal),
     readFile: (caller, id, path, signal) => guests.readFile(caller, id, path, signal),
 
-    createSnapshot: (caller, input) => createSnapshot(deps, caller, input),
+    createSnapshot: (caller, input, held) => createSnapshot(deps, caller, input, held),
     listSnapshots: (caller, page) => listSnapshots(db, caller.teamId, page),
     deleteSnapshot: (caller, name) => deleteSnapshot(deps, caller, name),
     listTemplates: (caller, page) => listTemplates(db, caller.teamId, page),
 
-    createApiKey: (caller, input) => createApiKey(deps, caller, input),
+    createApiKey: (caller, input, held) => createApiKey(deps, caller, input, held),
     listApiKeys: (caller, page) => listApiKeys(db, caller.teamId, page),
     deleteApiKey: (caller, id) => deleteApiKey(deps, keys, caller, id),
-    createTeam: (caller, input) => createTeam(deps, caller, input),
+    createTeam: (caller, input, held) => createTeam(deps, caller, input, held),
     listTeams: async (caller, page) => {
       demandPlatform(caller, "Listing teams");
       return listTeams(db, page);
     },
 
-    createHost: (caller, input) => hosts.createHost(deps, caller, input),
+    createHost: (caller, input, held) => hosts.createHost(deps, caller, input, held),
     newRegistrationToken: (caller, id) => hosts.newRegistrationToken(deps, caller, id),
     listHosts: (caller, page) => hosts.listHosts(deps, caller, page),
     getHost: (caller, id) => hosts.getHost(deps, caller, id),

@@ -1,7 +1,6 @@
 import assert from "node:assert/strict";
 import { setTimeout as sleep } from "node:timers/promises";
 import { beforeAll, beforeEach, expect, test } from "vitest";
-import { claimIdempotencyKey, dropExpiredIdempotencyKeys } from "../db/idempotency.ts";
 import { findSandbox } from "../db/sandboxes.ts";
 import { failing, holding } from "../hosts/testing/fake-agent.ts";
 import type { SandboxId } from "../model/ids.ts";
@@ -9,7 +8,7 @@ import type { Caller, ExecInput } from "./services.ts";
 import { bootstrap } from "./teams-and-keys.ts";
 import { DEFAULTS, type TestHost, type TestPlane, useTestPlane } from "./testing/test-plane.ts";
 
-const openPlane = useTestPlane({ cacheMs: 50, idempotencyLeaseMs: 2_000, idempotencyWaitMs: 15_000 });
+const openPlane = useTestPlane({ cacheMs: 50 });
 const signal = AbortSignal.timeout(120_000);
 let plane: TestPlane;
 let host: TestHost;
@@ -169,79 +168,6 @@ test("of snapshots at the same time with one name, one gets it and nothing else 
     }
   }
   assert.equal(host.agent.snapshots.size, before + 1);
-});
-
-test("the same key and request work once, however many come at once, and get one answer", async () => {
-  let works = 0;
-  const work = async () => {
-    works++;
-    await sleep(50);
-    return { status: 201, body: { secret: `made ${works}` } };
-  };
-  const ask = (fingerprint = "f") => plane.services.idempotent(caller, "key-1", fingerprint, work);
-  const answers = await Promise.all(Array.from({ length: 8 }, () => ask()));
-  assert.equal(works, 1);
-  assert.deepEqual(
-    answers,
-    Array.from({ length: 8 }, () => ({ status: 201, body: { secret: "made 1" } })),
-  );
-  assert.deepEqual(await ask(), answers[0]);
-  await assert.rejects(ask("other"), { code: "idempotency_mismatch" });
-  const stranger = await plane.newCaller();
-  await plane.services.idempotent(stranger, "key-1", "f", work);
-  assert.equal(works, 2, "keys are a team's own");
-  const rows = await plane.deps.db.selectFrom("idempotency_keys").selectAll().execute();
-  assert.ok(!JSON.stringify(rows).includes(Buffer.from("made 1").toString("hex")));
-});
-
-test("work that failed leaves its key free", async () => {
-  let tries = 0;
-  const work = async () => {
-    if (++tries === 1) throw new Error("no luck");
-    return { status: 200, body: tries };
-  };
-  await assert.rejects(plane.services.idempotent(caller, "k", "f", work), /no luck/);
-  assert.deepEqual(await plane.services.idempotent(caller, "k", "f", work), { status: 200, body: 2 });
-});
-
-test("work that is longer than its claim keeps it, and a claim whose replica died is taken over", async () => {
-  let works = 0;
-  const slow = async () => {
-    works++;
-    await sleep(2_500);
-    return { status: 200, body: works };
-  };
-  const [one, other] = await Promise.all([
-    plane.services.idempotent(caller, "slow", "f", slow),
-    plane.services.idempotent(caller, "slow", "f", slow),
-  ]);
-  assert.deepEqual([works, one], [1, other]);
-
-  const dead = { teamId: caller.teamId, key: "dead", fingerprint: "f", claim: "a dead replica" };
-  await claimIdempotencyKey(plane.deps.db, dead, { leaseMs: 200, keepMs: 60_000 });
-  const taken = await plane.services.idempotent(caller, "dead", "f", async () => ({
-    status: 200,
-    body: "again",
-  }));
-  assert.deepEqual(taken.body, "again");
-});
-
-test("an answer is forgotten after its day", async () => {
-  const ask = (body: string) =>
-    plane.services.idempotent(caller, "old", body, async () => ({ status: 200, body }));
-  await ask("first");
-  await plane.deps.db
-    .updateTable("idempotency_keys")
-    .set({ expires_at: new Date(0) })
-    .where("team_id", "=", caller.teamId)
-    .execute();
-  assert.deepEqual((await ask("second")).body, "second");
-  await plane.deps.db
-    .updateTable("idempotency_keys")
-    .set({ expires_at: new Date(0) })
-    .where("team_id", "=", caller.teamId)
-    .execute();
-  assert.ok((await dropExpiredIdempotencyKeys(plane.deps.db, 100)) >= 1);
 });
 
 test("a key is shown once, works under both prefixes, and ends with its deletion", async () => {

@@ -8,6 +8,9 @@
  */
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId, TemplateId } from "../model/ids.ts";
 import type { Lifetime, Sandbox, SandboxStatus, SandboxSummary } from "../model/sandbox.ts";
+import type { Answer, Creation, HeldKey } from "./idempotent.ts";
+
+export type { Answer, Creation, HeldKey } from "./idempotent.ts";
 
 export type Role = "member" | "platform";
 
@@ -98,10 +101,20 @@ export interface ApiKey {
   lastUsedAt?: Date;
 }
 
+/** `key` is shown once. */
+export interface NewApiKey {
+  apiKey: ApiKey;
+  key: string;
+}
+
 export interface Team {
   id: TeamId;
   name: string;
   createdAt: Date;
+}
+
+export interface NewTeam extends NewApiKey {
+  team: Team;
 }
 
 export type HostStatus = "pending" | "online" | "unreachable" | "draining";
@@ -124,6 +137,13 @@ export interface Host {
   sandboxes: number;
   lastHeartbeatAt?: Date;
   createdAt: Date;
+}
+
+/** `registrationToken` is shown once. */
+export interface HostInvitation {
+  host: Host;
+  registrationToken: string;
+  expiresAt: Date;
 }
 
 export interface RegisterHostInput {
@@ -165,17 +185,19 @@ export interface Services {
   checkReady(): Promise<void>;
 
   /**
-   * Runs `work` once per (team, key) for 24 h, also under concurrency: the same
-   * key and fingerprint get the stored answer, another fingerprint `idempotency_mismatch`.
+   * Makes what `creation` makes once per (team, key) for 24 h, also under
+   * concurrency and when a replica dies in the middle: the same key and
+   * fingerprint get the stored answer, another fingerprint `idempotency_mismatch`.
+   * `creation.make` hands the key that it is given on to the use case.
    */
-  idempotent<T extends { status: number; body: unknown }>(
+  idempotent<Made>(
     caller: Caller,
     key: string,
     fingerprint: string,
-    work: () => Promise<T>,
-  ): Promise<{ status: number; body: unknown }>;
+    creation: Creation<Made>,
+  ): Promise<Answer>;
 
-  createSandbox(caller: Caller, input: CreateSandboxInput): Promise<Sandbox>;
+  createSandbox(caller: Caller, input: CreateSandboxInput, held?: HeldKey<Sandbox>): Promise<Sandbox>;
   listSandboxes(caller: Caller, input: ListSandboxesInput): Promise<Page<SandboxSummary>>;
   getSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
   updateSandbox(caller: Caller, id: SandboxId, input: UpdateSandboxInput): Promise<Sandbox>;
@@ -202,27 +224,30 @@ export interface Services {
   createSnapshot(
     caller: Caller,
     input: { sandboxId: SandboxId; name: string; overwrite: boolean },
+    held?: HeldKey<Snapshot>,
   ): Promise<Snapshot>;
   listSnapshots(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Snapshot>>;
   deleteSnapshot(caller: Caller, name: string): Promise<void>;
   listTemplates(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Template>>;
 
   /** `key` is shown once. */
-  createApiKey(caller: Caller, input: { name: string; role: Role }): Promise<{ apiKey: ApiKey; key: string }>;
+  createApiKey(
+    caller: Caller,
+    input: { name: string; role: Role },
+    held?: HeldKey<NewApiKey>,
+  ): Promise<NewApiKey>;
   listApiKeys(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<ApiKey>>;
   deleteApiKey(caller: Caller, id: ApiKeyId): Promise<void>;
   /** With its first platform-less key, shown once. Platform callers only. */
-  createTeam(caller: Caller, input: { name: string }): Promise<{ team: Team; apiKey: ApiKey; key: string }>;
+  createTeam(caller: Caller, input: { name: string }, held?: HeldKey<NewTeam>): Promise<NewTeam>;
   listTeams(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Team>>;
 
   createHost(
     caller: Caller,
     input: { name: string; type: "shared" | "byoc"; labels: Record<string, string> },
-  ): Promise<{ host: Host; registrationToken: string; expiresAt: Date }>;
-  newRegistrationToken(
-    caller: Caller,
-    id: HostId,
-  ): Promise<{ host: Host; registrationToken: string; expiresAt: Date }>;
+    held?: HeldKey<HostInvitation>,
+  ): Promise<HostInvitation>;
+  newRegistrationToken(caller: Caller, id: HostId): Promise<HostInvitation>;
   listHosts(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Host>>;
   getHost(caller: Caller, id: HostId): Promise<Host>;
 

@@ -12,6 +12,7 @@ import {
   SNAPSHOT_NAME_CONSTRAINT,
   type SnapshotRecord,
   completeSnapshot,
+  extendSnapshotDeadline,
   findSnapshot,
   insertSnapshot,
   markSnapshotDeleting,
@@ -22,7 +23,8 @@ import type { HostAgent } from "../hosts/host-agent.ts";
 import type { SandboxId, SnapshotId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
 import { noSandbox, silentHost, wrongState } from "./errors.ts";
-import type { Caller, Snapshot } from "./services.ts";
+import { ClaimLost } from "./idempotent.ts";
+import type { Caller, HeldKey, Snapshot } from "./services.ts";
 
 export interface SnapshotInput {
   sandboxId: SandboxId;
@@ -32,21 +34,17 @@ export interface SnapshotInput {
 
 const NAME = /^[a-z0-9][a-z0-9._-]{0,62}$/;
 
-export async function createSnapshot(deps: Deps, caller: Caller, input: SnapshotInput): Promise<Snapshot> {
+export async function createSnapshot(
+  deps: Deps,
+  caller: Caller,
+  input: SnapshotInput,
+  held?: HeldKey<Snapshot>,
+): Promise<Snapshot> {
   const { db, options } = deps;
-  await assertNameIsFree(deps, caller, input);
+  const before = await madeBefore(deps, caller, held);
+  if (!before) await assertNameIsFree(deps, caller, input);
   const { row, agent } = await findSource(deps, caller, input.sandboxId);
-  const id = deps.ids.snapshot();
-  await insertSnapshot(db, {
-    id,
-    teamId: caller.teamId,
-    name: input.name,
-    hostId: row.hostId,
-    vcpus: row.vcpus,
-    memoryMb: row.memoryMb,
-    diskMb: row.diskMb,
-    deadlineMs: options.snapshotMs + options.leaseMs,
-  });
+  const id = before?.hostId === row.hostId ? before.id : await insert(deps, caller, { input, row, held });
   try {
     // The source's status stays, so its generation does too: the snapshot's id tells repetitions.
     const operation = {
@@ -55,15 +53,50 @@ export async function createSnapshot(deps: Deps, caller: Caller, input: Snapshot
       deadline: new Date(deps.clock.now() + options.snapshotMs),
     };
     const made = await agent.createSnapshot(operation, id, caller.teamId);
-    const done = await db
-      .transaction()
-      .execute((tx) => completeSnapshot(tx, id, made, { overwrite: input.overwrite }));
-    if (!done) throw new RookeryError("timeout", "The snapshot took too long.");
-    return done;
+    return await db.transaction().execute(async (tx) => {
+      const done = await completeSnapshot(tx, id, made, { overwrite: input.overwrite });
+      if (!done) throw new RookeryError("timeout", "The snapshot took too long.");
+      await held?.complete(tx, id, done);
+      return done;
+    });
   } catch (cause) {
-    await discard(deps, id, agent);
+    if (!(cause instanceof ClaimLost)) await discardUnfinished(deps, id, agent);
     throw violatedConstraint(cause) === SNAPSHOT_NAME_CONSTRAINT ? nameTaken(input.name) : cause;
   }
+}
+
+/** One that an earlier call under this key left unfinished when its replica died: its host is told once more. */
+async function madeBefore(
+  { db, options }: Deps,
+  { teamId }: Caller,
+  held: HeldKey<Snapshot> | undefined,
+): Promise<SnapshotRecord | undefined> {
+  if (held?.resourceId === undefined) return undefined;
+  const deadlineMs = options.snapshotMs + options.leaseMs;
+  // oxlint-disable-next-line typescript/no-unsafe-type-assertion -- what this same use case bound the key to
+  return extendSnapshotDeadline(db, teamId, held.resourceId as SnapshotId, deadlineMs);
+}
+
+async function insert(
+  { db, ids, options }: Deps,
+  { teamId }: Caller,
+  { input, row, held }: { input: SnapshotInput; row: Source; held: HeldKey<Snapshot> | undefined },
+): Promise<SnapshotId> {
+  const id = ids.snapshot();
+  await db.transaction().execute(async (tx) => {
+    await insertSnapshot(tx, {
+      id,
+      teamId,
+      name: input.name,
+      hostId: row.hostId,
+      vcpus: row.vcpus,
+      memoryMb: row.memoryMb,
+      diskMb: row.diskMb,
+      deadlineMs: options.snapshotMs + options.leaseMs,
+    });
+    await held?.bind(tx, id);
+  });
+  return id;
 }
 
 /** From here on nobody can use it; when its host is silent, the rest comes later. */
@@ -102,8 +135,18 @@ async function findSource(
   return { row: { ...row, hostId }, agent: pool.agent(host) };
 }
 
+/** What another call has finished meanwhile is that call's. */
+async function discardUnfinished(deps: Deps, id: SnapshotId, agent: HostAgent): Promise<void> {
+  if (await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "creating"))
+    await forget(deps, id, agent);
+}
+
 async function discard(deps: Deps, id: SnapshotId, agent: HostAgent | undefined): Promise<void> {
-  await markSnapshotDeleting(deps.db, id, deps.options.leaseMs);
+  await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "ready");
+  await forget(deps, id, agent);
+}
+
+async function forget(deps: Deps, id: SnapshotId, agent: HostAgent | undefined): Promise<void> {
   try {
     await agent?.deleteSnapshot(id);
     if (agent) await removeSnapshot(deps.db, id);

@@ -7,7 +7,7 @@ import type { ApiKeyId, TeamId } from "../model/ids.ts";
 import { type Authenticator, hashKey } from "./authenticate.ts";
 import type { Deps } from "./deps.ts";
 import { demandPlatform } from "./errors.ts";
-import type { ApiKey, Caller, Role, Team } from "./services.ts";
+import type { Caller, HeldKey, NewApiKey, NewTeam, Role, Team } from "./services.ts";
 
 const KEY_BYTES = 20;
 const SHOWN_CHARS = 8;
@@ -19,9 +19,14 @@ export async function createApiKey(
   deps: Needs,
   caller: Caller,
   input: { name: string; role: Role },
-): Promise<{ apiKey: ApiKey; key: string }> {
+  held?: HeldKey<NewApiKey>,
+): Promise<NewApiKey> {
   if (input.role === "platform") demandPlatform(caller, "A platform key");
-  return makeKey(deps, deps.db, { teamId: caller.teamId, ...input });
+  return deps.db.transaction().execute(async (tx) => {
+    const made = await makeKey(deps, tx, { teamId: caller.teamId, ...input });
+    await held?.complete(tx, made.apiKey.id, made);
+    return made;
+  });
 }
 
 export async function deleteApiKey(
@@ -39,7 +44,8 @@ export async function createTeam(
   deps: Needs,
   caller: Caller,
   { name }: { name: string },
-): Promise<{ team: Team; apiKey: ApiKey; key: string }> {
+  held?: HeldKey<NewTeam>,
+): Promise<NewTeam> {
   demandPlatform(caller, "Making a team");
   return deps.db.transaction().execute(async (tx) => {
     const team = await insertTeam(tx, { id: deps.ids.team(), name });
@@ -48,7 +54,9 @@ export async function createTeam(
         details: { field: "name" },
       });
     }
-    return { team, ...(await makeKey(deps, tx, { teamId: team.id, name: "first", role: "member" })) };
+    const made = { team, ...(await makeKey(deps, tx, { teamId: team.id, name: "first", role: "member" })) };
+    await held?.complete(tx, team.id, made);
+    return made;
   });
 }
 
@@ -71,7 +79,7 @@ async function makeKey(
   { ids, random }: Needs,
   db: Queryable,
   input: { teamId: TeamId; name: string; role: Role },
-): Promise<{ apiKey: ApiKey; key: string }> {
+): Promise<NewApiKey> {
   const hex = Buffer.from(random(KEY_BYTES)).toString("hex");
   const key = `rk_${hex}`;
   const apiKey = await insertApiKey(db, {

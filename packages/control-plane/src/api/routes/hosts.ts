@@ -39,9 +39,9 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
       },
     },
     async (request, reply) =>
-      answerOnce(services, request, reply, async () => {
-        const made = await services.createHost(callerOf(request), request.body);
-        return { status: 201, body: renderRegistrationToken(made) };
+      answerOnce(services, request, reply, {
+        make: (held) => services.createHost(callerOf(request), request.body, held),
+        render: renderRegistrationToken,
       }),
   );
 

@@ -48,20 +48,23 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
       },
     },
     async (request, reply) =>
-      answerOnce(services, request, reply, async () => {
-        const { body } = request;
-        const sandbox = await services.createSandbox(callerOf(request), {
-          template: body.template,
-          vcpus: body.vcpus,
-          memoryMb: body.memory_mb,
-          diskMb: body.disk_mb,
-          timeoutSec: body.timeout_sec,
-          onTimeout: body.on_timeout,
-          timeoutMode: body.timeout_mode,
-          env: body.env,
-          metadata: body.metadata,
-        });
-        return { status: 201, body: renderSandbox(sandbox) };
+      answerOnce(services, request, reply, {
+        make: (held) => {
+          const { body } = request;
+          const input = {
+            template: body.template,
+            vcpus: body.vcpus,
+            memoryMb: body.memory_mb,
+            diskMb: body.disk_mb,
+            timeoutSec: body.timeout_sec,
+            onTimeout: body.on_timeout,
+            timeoutMode: body.timeout_mode,
+            env: body.env,
+            metadata: body.metadata,
+          };
+          return services.createSandbox(callerOf(request), input, held);
+        },
+        render: renderSandbox,
       }),
   );
 

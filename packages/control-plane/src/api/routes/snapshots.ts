@@ -47,11 +47,13 @@ export async function snapshotRoutes(app: Api, services: Services): Promise<void
       },
     },
     async (request, reply) =>
-      answerOnce(services, request, reply, async () => {
-        const { sandbox_id: sandboxId, name, overwrite } = request.body;
-        if (!isSandboxId(sandboxId)) throw new RookeryError("not_found", "there is no sandbox by this id");
-        const snapshot = await services.createSnapshot(callerOf(request), { sandboxId, name, overwrite });
-        return { status: 201, body: renderSnapshot(snapshot) };
+      answerOnce(services, request, reply, {
+        make: async (held) => {
+          const { sandbox_id: sandboxId, name, overwrite } = request.body;
+          if (!isSandboxId(sandboxId)) throw new RookeryError("not_found", "there is no sandbox by this id");
+          return services.createSnapshot(callerOf(request), { sandboxId, name, overwrite }, held);
+        },
+        render: renderSnapshot,
       }),
   );
 

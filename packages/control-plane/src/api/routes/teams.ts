@@ -1,7 +1,7 @@
 /** /v1/api-keys and /v1/teams. */
 // oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import { z } from "zod";
-import type { Services } from "../../service/services.ts";
+import type { NewApiKey, NewTeam, Services } from "../../service/services.ts";
 import { callerOf } from "../authentication.ts";
 import type { Api } from "../context.ts";
 import { answerOnce } from "../idempotency.ts";
@@ -31,9 +31,9 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
       },
     },
     async (request, reply) =>
-      answerOnce(services, request, reply, async () => {
-        const { apiKey, key } = await services.createApiKey(callerOf(request), request.body);
-        return { status: 201, body: { api_key: renderApiKey(apiKey), key } };
+      answerOnce(services, request, reply, {
+        make: (held) => services.createApiKey(callerOf(request), request.body, held),
+        render: ({ apiKey, key }: NewApiKey) => ({ api_key: renderApiKey(apiKey), key }),
       }),
   );
 
@@ -84,9 +84,13 @@ export async function teamRoutes(app: Api, services: Services): Promise<void> {
       },
     },
     async (request, reply) =>
-      answerOnce(services, request, reply, async () => {
-        const { team, apiKey, key } = await services.createTeam(callerOf(request), request.body);
-        return { status: 201, body: { team: renderTeam(team), api_key: renderApiKey(apiKey), key } };
+      answerOnce(services, request, reply, {
+        make: (held) => services.createTeam(callerOf(request), request.body, held),
+        render: ({ team, apiKey, key }: NewTeam) => ({
+          team: renderTeam(team),
+          api_key: renderApiKey(apiKey),
+          key,
+        }),
       }),
   );
 

@@ -8,8 +8,10 @@ import { randomBytes } from "node:crypto";
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "../../model/ids.ts";
 import type { Sandbox, SandboxStatus } from "../../model/sandbox.ts";
 import type {
+  Answer,
   ApiKey,
   Caller,
+  Creation,
   ExecInput,
   ExecResult,
   Host,
@@ -39,10 +41,7 @@ export class FakeServices implements Services {
   readonly #teams = new Map<TeamId, Team>();
   readonly #snapshots = new Map<SnapshotId, Owned<Snapshot>>();
   readonly #hosts = new Map<HostId, Host>();
-  readonly #answers = new Map<
-    string,
-    { fingerprint: string; answer: Promise<{ status: number; body: unknown }> }
-  >();
+  readonly #answers = new Map<string, { fingerprint: string; answer: Promise<Answer> }>();
 
   constructor() {
     this.#addTeam("a", this.keys.platform, "platform");
@@ -60,16 +59,16 @@ export class FakeServices implements Services {
     if (!this.isReady) throw new RookeryError("unavailable", "the database does not answer");
   }
 
-  async idempotent<T extends { status: number; body: unknown }>(
+  async idempotent<Made>(
     caller: Caller,
     key: string,
     fingerprint: string,
-    work: () => Promise<T>,
-  ): Promise<{ status: number; body: unknown }> {
+    creation: Creation<Made>,
+  ): Promise<Answer> {
     const place = `${caller.teamId} ${key}`;
     const known = this.#answers.get(place);
     if (known === undefined) {
-      const answer = work();
+      const answer = creation.make().then((made) => creation.answer(made));
       this.#answers.set(place, { fingerprint, answer });
       return answer;
     }
