@@ -38,11 +38,7 @@ const arm = (points: Record<string, string>): void => writeFileSync(controlFile,
 beforeAll(() => {
   api = product.api();
 });
-afterEach(async () => {
-  arm({});
-  if (!isAlive(product.pid("agent"))) await product.restartAgent();
-  await destroyAll();
-});
+afterEach(restore);
 afterAll(() => {
   rmSync(controlFile, { force: true });
 });
@@ -67,29 +63,49 @@ describe("a failpoint", () => {
 
   for (const action of ["error", "kill"] as const) {
     test(`that ends in ${action === "kill" ? "a SIGKILL" : "an error"} leaves every row true and nothing behind`, async () => {
+      const failures: unknown[] = [];
       for (const name of sample(names, action)) {
-        arm({ [name]: `${action}*1` });
-        await live(operationOf(name) ?? "", async () => {
-          if (action === "error") return;
-          await eventually(`the agent died at ${name}`, 30_000, () =>
-            isAlive(product.pid("agent")) ? undefined : true,
-          );
-          await product.restartAgent();
-        }).catch((cause: unknown) => {
-          throw new Error(`at ${name} as ${action}`, { cause });
-        });
-        assert.equal(armedLeft(name), 0, `${name} was not reached as ${action}`);
-        await destroyAll();
-        await eventually(`nothing is left after ${name} as ${action}`, 30_000, () => {
-          const left = takeInventory(product.agentDataDir);
-          return left.sandboxDirs.length + left.snapshotDirs.length + left.layerDirs.length === 0
-            ? true
-            : undefined;
-        });
+        try {
+          await passes(name, action);
+        } catch (cause) {
+          // The others are looked at all the same: a run of all of them takes long.
+          console.error(`${action} at ${name}`, cause);
+          failures.push(new Error(`at ${name} as ${action}`, { cause }));
+          await restore();
+          if (failures.length === 3) break;
+        }
       }
-    }, 1_800_000);
+      if (failures.length > 0) throw new AggregateError(failures, failures.map(String).join("; "));
+    }, 2_400_000);
   }
 });
+
+/** The operation that `name` is a failpoint of, with it armed; afterwards nothing of it is left. */
+async function passes(name: string, action: "error" | "kill"): Promise<void> {
+  arm({ [name]: `${action}*1` });
+  await live(operationOf(name) ?? "", async () => {
+    if (action === "error") return;
+    await eventually(`the agent died at ${name}`, 30_000, () =>
+      isAlive(product.pid("agent")) ? undefined : true,
+    );
+    await product.restartAgent();
+  });
+  assert.equal(armedLeft(name), 0, `${name} was not reached as ${action}`);
+  await destroyAll();
+  await eventually(`nothing is left after ${name} as ${action}`, 30_000, () => {
+    const left = takeInventory(product.agentDataDir);
+    return left.sandboxDirs.length + left.snapshotDirs.length + left.layerDirs.length === 0
+      ? true
+      : undefined;
+  });
+}
+
+/** An agent that lives, no failpoint armed, no sandbox. */
+async function restore(): Promise<void> {
+  arm({});
+  if (!isAlive(product.pid("agent"))) await product.restartAgent();
+  await destroyAll();
+}
 
 /** One sandbox through one operation; `meanwhile` runs while the operation may be failing. */
 async function live(operation: string, meanwhile: () => Promise<void> = async () => {}): Promise<void> {
