@@ -33,6 +33,10 @@ export async function contest(options: Contest): Promise<Measurement> {
   for (let round = 0; round <= runs; round += 1) {
     const floor = await options.floor();
     const value = await options.product();
+    // On stderr: a long run shows where it is, and one that is cut off shows what it saw.
+    console.error(
+      `${options.name} ${round}/${runs}: floor ${round3(floor)}, product ${round3(value)} ${options.unit}`,
+    );
     if (round === 0) continue;
     floors.push(floor);
     values.push(value);

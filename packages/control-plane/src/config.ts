@@ -8,6 +8,8 @@ import { STRATEGY_NAMES } from "./hosts/scheduler.ts";
 const SECOND = 1_000;
 const DAY = 86_400 * SECOND;
 
+const SECRET_KEY_RULE = "must be at least 32 characters that nobody can guess";
+
 const ms = (normal: number) =>
   z.coerce
     .number()
@@ -18,8 +20,8 @@ const ms = (normal: number) =>
 const count = (normal: number, max: number) => z.coerce.number().int().min(1).max(max).default(normal);
 
 const Environment = z.object({
-  DATABASE_URL: z.string().min(1, "names the PostgreSQL server: postgresql://user@host/database"),
-  ROOKERY_SECRET_KEY: z.string().min(32, "must be at least 32 characters that nobody can guess"),
+  DATABASE_URL: z.string("must name the PostgreSQL server: postgresql://user@host/database").min(1),
+  ROOKERY_SECRET_KEY: z.string(SECRET_KEY_RULE).min(32, SECRET_KEY_RULE),
   ROOKERY_HOST: z.string().min(1).default("127.0.0.1"),
   ROOKERY_PORT: z.coerce.number().int().min(0).max(65_535).default(8080),
   ROOKERY_LOG_LEVEL: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info"),
