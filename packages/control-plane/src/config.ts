@@ -22,6 +22,8 @@ const count = (normal: number, max: number) => z.coerce.number().int().min(1).ma
 const Environment = z.object({
   DATABASE_URL: z.string("must name the PostgreSQL server: postgresql://user@host/database").min(1),
   ROOKERY_SECRET_KEY: z.string(SECRET_KEY_RULE).min(32, SECRET_KEY_RULE),
+  /** While keys change: the one before or the next; opens what it sealed, and seals nothing. */
+  ROOKERY_SECRET_KEY_OTHER: z.string().min(32, SECRET_KEY_RULE).optional(),
   ROOKERY_HOST: z.string().min(1).default("127.0.0.1"),
   ROOKERY_PORT: z.coerce.number().int().min(0).max(65_535).default(8080),
   ROOKERY_LOG_LEVEL: z.enum(["trace", "debug", "info", "warn", "error", "fatal", "silent"]).default("info"),
@@ -60,6 +62,7 @@ export function parseConfig(environment: Readonly<Record<string, string | undefi
     databaseUrl: env.DATABASE_URL,
     databaseConnections: env.ROOKERY_DATABASE_CONNECTIONS,
     secretKey: env.ROOKERY_SECRET_KEY,
+    otherSecretKeys: env.ROOKERY_SECRET_KEY_OTHER === undefined ? [] : [env.ROOKERY_SECRET_KEY_OTHER],
     host: env.ROOKERY_HOST,
     port: env.ROOKERY_PORT,
     logLevel: env.ROOKERY_LOG_LEVEL,

@@ -70,7 +70,7 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
   const now = (): number => clock.now();
   const random = randomBytes;
   const ids = newIds(random);
-  const sealer = newSealer(config.secretKey, random);
+  const sealer = newSealer(config.secretKey, random, config.otherSecretKeys);
   try {
     if (!(await isMigrated(connections, migrations))) {
       throw new Error("the database is not migrated: run `control-plane migrate`");

@@ -1,5 +1,5 @@
 /**
- * `control-plane serve | migrate | bootstrap [--new-key]`.
+ * `control-plane serve | migrate | bootstrap [--new-key] | reseal`.
  *
  * The only reader of the environment. It runs as any uid, and needs no root.
  */
@@ -12,6 +12,7 @@ import { type Config, parseConfig } from "./config.ts";
 import { openControlPlane } from "./control-plane.ts";
 import { openDatabase } from "./db/database.ts";
 import { MIGRATIONS_DIR, migrate, readMigrations } from "./db/migrate.ts";
+import { reseal } from "./service/reseal.ts";
 import { bootstrap } from "./service/teams-and-keys.ts";
 
 const VERSION = "0.1.0";
@@ -31,8 +32,10 @@ async function main(): Promise<void> {
       return runMigrate(config);
     case "bootstrap":
       return runBootstrap(config, log, values["new-key"]);
+    case "reseal":
+      return runReseal(config, log);
     default:
-      throw new Error("say serve, migrate or bootstrap");
+      throw new Error("say serve, migrate, bootstrap or reseal");
   }
 }
 
@@ -83,6 +86,15 @@ async function runBootstrap(config: Config, log: Logger, newKey: boolean): Promi
   try {
     const { team, key } = await bootstrap(plane.deps, { newKey });
     console.log(JSON.stringify({ team_id: team.id, api_key: key }));
+  } finally {
+    await plane.close();
+  }
+}
+
+async function runReseal(config: Config, log: Logger): Promise<void> {
+  const plane = await openControlPlane(config, log);
+  try {
+    console.log(JSON.stringify({ resealed: await reseal(plane.deps.db, plane.deps.sealer) }));
   } finally {
     await plane.close();
   }

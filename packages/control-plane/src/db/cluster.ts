@@ -25,6 +25,16 @@ export async function findCluster(db: Queryable): Promise<ClusterRecord | undefi
   return row && { id: row.id, sealedSecrets: row.sealed_secrets };
 }
 
+/** False: somebody sealed them anew in between. */
+export async function replaceSealedSecrets(db: Queryable, from: Buffer, to: Buffer): Promise<boolean> {
+  const { numUpdatedRows } = await db
+    .updateTable("cluster")
+    .set({ sealed_secrets: to })
+    .where("sealed_secrets", "=", from)
+    .executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
 /**
  * Says that this replica can receive heartbeats now; answers for how long the
  * cluster could without a gap longer than `maxGapMs`.

@@ -109,6 +109,40 @@ export async function letGoOfIdempotencyKey(db: Queryable, input: IdempotencyCla
        and not exists (select from freed)`.execute(db);
 }
 
+export interface SealedAnswer {
+  teamId: TeamId;
+  key: string;
+  sealedBody: Buffer;
+}
+
+/** Stored answers in the order of their keys, after the one given. */
+export async function sealedAnswers(
+  db: Queryable,
+  page: { after: { teamId: string; key: string }; limit: number },
+): Promise<SealedAnswer[]> {
+  const { rows } = await sql<SealedAnswer>`
+    select team_id as "teamId", key, sealed_body as "sealedBody" from idempotency_keys
+     where (team_id, key) > (${page.after.teamId}, ${page.after.key}) and sealed_body is not null
+     order by team_id, key limit ${page.limit}`.execute(db);
+  return rows;
+}
+
+/** False: the answer was replaced or dropped in between. */
+export async function replaceSealedAnswer(
+  db: Queryable,
+  { teamId, key, sealedBody }: SealedAnswer,
+  to: Buffer,
+): Promise<boolean> {
+  const { numUpdatedRows } = await db
+    .updateTable("idempotency_keys")
+    .set({ sealed_body: to })
+    .where("team_id", "=", teamId)
+    .where("key", "=", key)
+    .where("sealed_body", "=", sealedBody)
+    .executeTakeFirst();
+  return numUpdatedRows === 1n;
+}
+
 /** How many expired keys were dropped, of at most `limit`. */
 export async function dropExpiredIdempotencyKeys(db: Queryable, limit: number): Promise<number> {
   const { rows } = await sql<{ key: string }>`

@@ -23,3 +23,13 @@ test("another key, another purpose, and any altered byte are refused", () => {
     assert.throws(() => sealer.open("cluster-secrets", altered), `byte ${index}`);
   }
 });
+
+test("while keys change, what either sealed opens; what is sealed is the new one's alone", () => {
+  const [old, next] = ["o".repeat(32), "n".repeat(32)];
+  const sealedBefore = newSealer(old, randomBytes).seal("cluster-secrets", plain);
+  const both = newSealer(next, randomBytes, [old]);
+  assert.deepEqual(both.open("cluster-secrets", sealedBefore), plain);
+  const sealedNow = both.seal("cluster-secrets", plain);
+  assert.deepEqual(newSealer(next, randomBytes).open("cluster-secrets", sealedNow), plain);
+  assert.throws(() => newSealer(old, randomBytes).open("cluster-secrets", sealedNow));
+});
