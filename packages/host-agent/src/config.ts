@@ -45,9 +45,12 @@ const environmentSchema = z.object({
   /** PEM file of the only authorities that the control plane's certificate may come from; default: Node's. */
   ROOKERY_CONTROL_PLANE_CA: path.optional(),
   ROOKERY_REGISTRATION_TOKEN: z.string().min(1).max(512).optional(),
-  ROOKERY_VMM: z.enum(["auto", "qemu"]).default("auto"),
-  ROOKERY_ROOT_DISK: z.enum(["auto", "qcow2"]).default("auto"),
-  ROOKERY_NETWORK: z.enum(["auto", "netns", "user"]).default("auto"),
+  /** "simulated" runs no guests: for scale and fault tests; `auto` never chooses it. */
+  ROOKERY_VMM: z.enum(["auto", "qemu", "simulated"]).default("auto"),
+  ROOKERY_ROOT_DISK: z.enum(["auto", "qcow2", "simulated"]).default("auto"),
+  ROOKERY_NETWORK: z.enum(["auto", "netns", "user", "simulated"]).default("auto"),
+  /** Of the timings of a simulated VMM. */
+  ROOKERY_SIMULATED_SEED: integer(1),
   /** Waiting clones of the default image; 0 turns pools off. */
   ROOKERY_POOL: integer(4, { max: 256 }),
   /** VMMs that can live at once, waiting ones too. */
@@ -127,16 +130,16 @@ export function readConfig(
     instance,
     /** All VMMs' cgroups are below this one. */
     cgroup: `rookery-${instance}`,
-    runtimeDir: env.ROOKERY_RUNTIME_DIR ?? `/run/rookery-${instance}/agent`,
+    runtimeDir:
+      env.ROOKERY_RUNTIME_DIR ??
+      // Nothing of a simulated VMM is a socket: its directories need no short paths, and no root.
+      (env.ROOKERY_VMM === "simulated" ? join(dataDir, "sockets") : `/run/rookery-${instance}/agent`),
     ...addresses(env.ROOKERY_AGENT_ADDRESS, env.ROOKERY_AGENT_LISTEN),
     controlPlaneUrl: env.ROOKERY_CONTROL_PLANE,
     controlPlaneCaFile: env.ROOKERY_CONTROL_PLANE_CA,
     registrationToken: env.ROOKERY_REGISTRATION_TOKEN,
-    drivers: Object.freeze({
-      vmm: env.ROOKERY_VMM,
-      rootDisk: env.ROOKERY_ROOT_DISK,
-      network: env.ROOKERY_NETWORK,
-    }),
+    drivers: driversOf(env),
+    simulatedSeed: env.ROOKERY_SIMULATED_SEED,
     poolSize: env.ROOKERY_POOL,
     maxSlots: env.ROOKERY_SLOTS,
     uidBase: env.ROOKERY_UID_BASE,
@@ -166,6 +169,25 @@ export function readConfig(
           : undefined,
     }),
   });
+}
+
+/** A simulated VMM comes with simulated disk and network, and these with nothing else. */
+function driversOf(env: z.output<typeof environmentSchema>) {
+  const { ROOKERY_VMM: vmm, ROOKERY_ROOT_DISK: rootDisk, ROOKERY_NETWORK: network } = env;
+  if (vmm === "simulated") {
+    for (const [name, kind] of Object.entries({ ROOKERY_ROOT_DISK: rootDisk, ROOKERY_NETWORK: network })) {
+      if (kind === "auto" || kind === "simulated") continue;
+      throw new RookeryError("invalid_request", `${name}: the simulated VMM takes no ${kind}`);
+    }
+    return Object.freeze({ vmm, rootDisk: "simulated", network: "simulated" } as const);
+  }
+  if (rootDisk === "simulated" || network === "simulated") {
+    throw new RookeryError(
+      "invalid_request",
+      "ROOKERY_VMM: only the simulated VMM takes simulated disks or networks",
+    );
+  }
+  return Object.freeze({ vmm, rootDisk, network });
 }
 
 /** "127.0.0.1:7071" or "[::1]:7071"; port 0 lets the kernel choose. */

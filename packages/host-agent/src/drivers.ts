@@ -3,6 +3,7 @@
  * there are. Best first; the first whose probe succeeds is taken, unless the
  * configuration names one.
  */
+import { join } from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Config } from "./config.ts";
 import type { Probe } from "./doctor/doctor.ts";
@@ -10,12 +11,15 @@ import type { GuestNetworkDriver } from "./guest-network/guest-network.ts";
 import { NetnsNetworks } from "./guest-network/netns.ts";
 import { hostResolvers } from "./guest-network/resolvers.ts";
 import type { InstanceTag } from "./guest-network/slots.ts";
+import { openSimulatedNetwork } from "./guest-network/simulated.ts";
 import { UserNetworks } from "./guest-network/user.ts";
 import { probeCgroups } from "./host/cgroup.ts";
 import { probeImageBuilder } from "./image/definitions.ts";
 import { Qcow2RootDisks } from "./root-disk/qcow2.ts";
 import type { RootDiskDriver } from "./root-disk/root-disk.ts";
+import { openSimulatedDisks } from "./root-disk/simulated.ts";
 import { openQemuDriver } from "./vmm/qemu/qemu-driver.ts";
+import { openSimulatedVmm } from "./vmm/simulated.ts";
 import type { VmmDriver } from "./vmm/vmm.ts";
 
 /** envd's port in every guest (E2B's protocol). */
@@ -29,6 +33,7 @@ export interface Drivers {
 
 export async function openDrivers(config: Config, tag: InstanceTag): Promise<Drivers> {
   const { dataDir, maxSlots: slots } = config;
+  if (config.drivers.vmm === "simulated") return simulatedDrivers(dataDir);
   const resolvers = config.resolvers.length > 0 ? config.resolvers : await hostResolvers();
   return {
     vmm: [openQemuDriver({ dataDir })],
@@ -37,6 +42,16 @@ export async function openDrivers(config: Config, tag: InstanceTag): Promise<Dri
       new NetnsNetworks({ tag, slots, resolvers, envdPort: ENVD_PORT }),
       new UserNetworks({ tag, slots, envdPort: ENVD_PORT }),
     ],
+  };
+}
+
+/** Only for who asked for them by name: they are in no list that `auto` goes through. */
+function simulatedDrivers(dataDir: string): Drivers {
+  const noTrouble = (): void => undefined;
+  return {
+    vmm: [openSimulatedVmm()],
+    rootDisk: [openSimulatedDisks(noTrouble)],
+    network: [openSimulatedNetwork(join(dataDir, "simulated", "networks"), noTrouble)],
   };
 }
 
@@ -70,7 +85,8 @@ export function driverProbes(drivers: Drivers): Probe[] {
     required: true,
     run: async (signal) => {
       const { ok, reason } = await driver.probe(signal);
-      return { verdict: ok ? "works" : "fails", detail: reason ?? (ok ? "ready" : "does not work here") };
+      const verdict = !ok ? "fails" : driver.kind === "simulated" ? "limited" : "works";
+      return { verdict, detail: reason ?? (ok ? "ready" : "does not work here") };
     },
   });
   return [
@@ -82,7 +98,8 @@ export function driverProbes(drivers: Drivers): Probe[] {
         const { ok, acceleration, version, secure, reason } = await driver.probe(signal);
         const facts = [version, acceleration, reason].filter((fact) => fact !== undefined);
         const verdict = !ok ? "fails" : secure === true ? "works" : "limited";
-        return { verdict, detail: facts.join("; "), secure: secure === true };
+        const simulated = driver.kind === "simulated";
+        return { verdict, detail: facts.join("; "), secure: secure === true, simulated };
       },
     })),
     ...drivers.rootDisk.map((driver) => simple("root disk", driver)),

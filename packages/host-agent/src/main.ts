@@ -21,7 +21,8 @@ import { driverProbes, openDrivers } from "./drivers.ts";
 import { instanceTagOf } from "./guest-network/slots.ts";
 import { removeTree } from "./host/atomic-file.ts";
 import { removeCgroup } from "./host/cgroup.ts";
-import { openAgent, openImages } from "./open-agent.ts";
+import { openImages } from "./machine.ts";
+import { openAgent } from "./open-agent.ts";
 import { serve } from "./serve.ts";
 
 /** A probe starts a real guest, at worst on a busy host under emulation. */

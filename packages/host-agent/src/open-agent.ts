@@ -3,7 +3,6 @@
  * guests, manager. What serves (RPC, heartbeats) is built on top of it by
  * `serve.ts`; `destroy-all` uses it bare.
  */
-import { strict as assert } from "node:assert";
 import { randomBytes } from "node:crypto";
 import { mkdir } from "node:fs/promises";
 import { availableParallelism, totalmem } from "node:os";
@@ -12,32 +11,27 @@ import type { Logger } from "pino";
 import type { Config } from "./config.ts";
 import { REFRESH_FAILPOINTS } from "./control-plane/control-plane-link.ts";
 import { REGISTER_FAILPOINTS } from "./control-plane/register.ts";
-import { chooseDriver, openDrivers } from "./drivers.ts";
 import { Failpoints } from "./failpoints/failpoints.ts";
 import type { GuestNetworkDriver } from "./guest-network/guest-network.ts";
-import { instanceTagOf, isSlot, uidOfSlot } from "./guest-network/slots.ts";
-import type { InstanceTag } from "./guest-network/slots.ts";
-import { EnvdClient } from "./guest/envd-client.ts";
-import { probeCgroups } from "./host/cgroup.ts";
+import type { Guests } from "./guest/envd-client.ts";
 import { DataLock } from "./host/data-lock.ts";
-import { run } from "./host/run.ts";
 import type { WarmKey } from "./ids.ts";
-import type { ImageProgress } from "./image/guest-image.ts";
-import { openImageStore } from "./image/image-store.ts";
-import type { ImageStore } from "./image/image-store.ts";
+import { openRealMachine } from "./machine.ts";
+import type { Machine, MachineOptions } from "./machine.ts";
 import type { RootDiskDriver } from "./root-disk/root-disk.ts";
 import { FAILPOINTS, MANAGER_DEFAULTS, openSandboxManager, systemClock } from "./sandbox-manager/index.ts";
 import type { SandboxManager } from "./sandbox-manager/index.ts";
-import { openHostFacts } from "./vm-pool/host-facts.ts";
+import type { Clock } from "./sandbox-manager/clock.ts";
+import { seededRandom } from "./simulated/seeded-random.ts";
+import { openSimulatedHost, refuseSimulatedData } from "./simulated/simulated-host.ts";
 import type { Places } from "./vm-pool/places.ts";
-import { hostCgroups, noCgroups } from "./vm-pool/vm-cgroups.ts";
 import type { VmmDriver, VmmProbe } from "./vmm/vmm.ts";
 import type { PlaceMaker } from "./warm-images/build-warm-image.ts";
 import { WarmImageStore } from "./warm-images/warm-image-store.ts";
 
 export interface Agent extends AsyncDisposable {
   manager: SandboxManager;
-  envd: EnvdClient;
+  envd: Guests;
   failpoints: Failpoints;
   vmm: VmmDriver;
   vmmProbe: VmmProbe;
@@ -51,37 +45,37 @@ export interface AgentOptions {
   /** Ends an agent that has the data directory, instead of being refused. */
   seize?: { graceMs: number };
   signal: AbortSignal;
+  world?: World;
+}
+
+/** What a simulated run puts in the place of the world; without it the agent stands on the real one. */
+export interface World {
+  clock?: Clock;
+  /** Of the agent's ids and of what guests are given as entropy. */
+  randomBytes?: (count: number) => Uint8Array;
+  openMachine?: (options: MachineOptions) => Promise<Machine>;
 }
 
 /** Recovers what a former agent left, then keeps pools and watches going until it is disposed; VMs stay. */
-export async function openAgent({ config, logger, seize, signal }: AgentOptions): Promise<Agent> {
+export async function openAgent({ config, logger, seize, signal, world = {} }: AgentOptions): Promise<Agent> {
   await using held = new AsyncDisposableStack();
+  const { clock = systemClock, openMachine = openMachineOf(config, clock) } = world;
   const { dataDir } = config;
   await mkdir(dataDir, { recursive: true, mode: 0o700 });
   held.use(await (seize === undefined ? DataLock.acquire(dataDir) : DataLock.seize(dataDir, seize.graceMs)));
 
-  const tag = await instanceTagOf(dataDir);
-  const drivers = await openDrivers(config, tag);
-  const vmm = await chooseDriver("VMM", drivers.vmm, config.drivers.vmm, signal);
+  const machine = await openMachine({ config, logger, signal });
+  const { vmm, vmmProbe, rootDisk, network, guests: envd, images } = machine;
   held.defer(() => vmm.close());
-  const rootDisk = await chooseDriver("root disk", drivers.rootDisk, config.drivers.rootDisk, signal);
-  const network = await chooseDriver("network", drivers.network, config.drivers.network, signal);
-  const vmmProbe = await vmm.probe(signal);
-  await network.prepareHost?.(signal);
-  const isRoot = process.getuid?.() === 0;
-  const cgroups = await probeCgroups();
-  if (!cgroups.ok) logger.warn({ reason: cgroups.reason }, "not every limit of a sandbox can be kept");
+  held.defer(() => envd.close());
+  if (vmm.kind === "simulated") {
+    logger.warn({ vmm: vmm.kind }, "SIMULATED: this agent runs no guests; never use it in production");
+  }
 
   const failpoints = new Failpoints({
     ...config.failpoints,
     known: [...FAILPOINTS, ...credentialFailpoints()],
   });
-  const envd = new EnvdClient();
-  held.defer(() => envd.close());
-  const images = await openImages(config, (event) => {
-    logger.info({ image: event.image, step: event.step }, event.message);
-  });
-
   // The store builds in places that the manager makes, and the manager is opened with the store.
   const opened = Promise.withResolvers<SandboxManager>();
   opened.promise.catch(() => undefined); // thrown from openSandboxManager below
@@ -98,8 +92,8 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
     places: placeMaker(opened.promise.then((manager) => manager.places)),
     budgetBytes: config.warmDiskBytes,
     inUse: () => inUse(),
-    nowMs: () => systemClock.nowMs(),
-    randomBytes,
+    nowMs: () => clock.nowMs(),
+    randomBytes: world.randomBytes ?? randomBytes,
     onProgress: ({ image, shape, step, message }) => logger.info({ image, ...shape, step }, message),
   });
   try {
@@ -109,7 +103,7 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
         dataDir,
         socketRoot: config.runtimeDir,
         cgroupPrefix: `${config.cgroup}/`,
-        uidBase: isRoot ? (config.uidBase ?? firstUid(tag)) : undefined,
+        uidBase: machine.uidBase,
         maxSlots: config.maxSlots,
         pool: { ...MANAGER_DEFAULTS.pool, size: config.poolSize },
         workLimit: config.workLimit === 0 ? 2 * availableParallelism() : config.workLimit,
@@ -119,14 +113,14 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
         reaperIntervalMs: config.intervals.reaperMs,
         hang: { ...MANAGER_DEFAULTS.hang, intervalMs: config.intervals.hangWatchMs },
       },
-      clock: systemClock,
-      randomBytes,
+      clock,
+      randomBytes: world.randomBytes ?? randomBytes,
       logger,
-      host: await openHostFacts(),
+      host: machine.host,
       vmm,
       rootDisk,
       network,
-      cgroups: isRoot && cgroups.version !== "none" ? hostCgroups : noCgroups,
+      cgroups: machine.cgroups,
       warmImages,
       guest: envd,
       failpoints,
@@ -151,23 +145,15 @@ export async function openAgent({ config, logger, seize, signal }: AgentOptions)
   }
 }
 
-/** The image store alone: what `image build` and `image list` need. */
-export function openImages(config: Config, onProgress: (event: ImageProgress) => void): Promise<ImageStore> {
-  return openImageStore({
-    imagesDir: config.imagesDir,
-    guestFilesDir: config.guestFilesDir,
-    envdBundleDir: config.envdBundleDir,
-    nodeBinary: config.guestNode,
-    run,
-    clock: { now: () => systemClock.nowMs() },
-    onProgress,
-  });
-}
-
-function firstUid(tag: InstanceTag): number {
-  const first = 0;
-  assert(isSlot(first, 1));
-  return uidOfSlot(tag, first);
+function openMachineOf(config: Config, clock: Clock): (options: MachineOptions) => Promise<Machine> {
+  const { dataDir, simulatedSeed } = config;
+  if (config.drivers.vmm === "simulated") {
+    return () => openSimulatedHost({ dataDir, clock, random: seededRandom(simulatedSeed) });
+  }
+  return async (options) => {
+    await refuseSimulatedData(dataDir);
+    return await openRealMachine(options);
+  };
 }
 
 function placeMaker(places: Promise<Places>): PlaceMaker {

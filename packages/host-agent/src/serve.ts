@@ -11,13 +11,13 @@ import type { Logger } from "pino";
 import type { Config } from "./config.ts";
 import { openCertificate } from "./control-plane/certificate.ts";
 import { ControlPlaneClient } from "./control-plane/control-plane-client.ts";
-import type { Heartbeat, HostDescription } from "./control-plane/control-plane-client.ts";
+import type { Heartbeat, HostDescription, Send } from "./control-plane/control-plane-client.ts";
 import { ControlPlaneLink } from "./control-plane/control-plane-link.ts";
 import { CredentialStore } from "./control-plane/credentials.ts";
 import type { Credentials } from "./control-plane/credentials.ts";
 import { isNewRegistration, registerHost } from "./control-plane/register.ts";
 import { openAgent } from "./open-agent.ts";
-import type { Agent } from "./open-agent.ts";
+import type { Agent, World } from "./open-agent.ts";
 import { startRpcServer } from "./rpc/server.ts";
 import type { SandboxManager } from "./sandbox-manager/index.ts";
 import { systemClock } from "./sandbox-manager/index.ts";
@@ -27,12 +27,33 @@ import type { SandboxView } from "./sandbox-manager/sandbox.ts";
 const EXCHANGE_TIMEOUT_MS = 10_000;
 const PAGE = 500;
 
+export interface ServeOptions {
+  logger: Logger;
+  version: string;
+  stop: AbortSignal;
+  world?: ServeWorld;
+  /** Called once it serves and is registered. */
+  onReady?: (serving: Serving) => void;
+}
+
+/** What a simulated run puts in the place of the world. */
+export interface ServeWorld extends World {
+  /** [0, 1): spreads heartbeats. */
+  random?: () => number;
+  /** Carries calls to the control plane. */
+  send?: Send;
+}
+
+export interface Serving {
+  hostId: string;
+  address: { host: string; port: number };
+  agent: Agent;
+}
+
 /** Returns when `stop` aborts and what was under way has ended. */
-export async function serve(
-  config: Config,
-  options: { logger: Logger; version: string; stop: AbortSignal },
-): Promise<void> {
-  const { logger, stop } = options;
+export async function serve(config: Config, options: ServeOptions): Promise<void> {
+  const { logger, stop, world = {} } = options;
+  const { clock = systemClock, random = Math.random } = world;
   const store = await CredentialStore.open(config.dataDir);
   const url = config.controlPlaneUrl ?? store.current?.controlPlaneUrl;
   if (url === undefined || (config.registrationToken === undefined && store.current === undefined)) {
@@ -47,8 +68,8 @@ export async function serve(
   }
   const ca =
     config.controlPlaneCaFile === undefined ? undefined : await readAuthorities(config.controlPlaneCaFile);
-  await using client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS, ca });
-  await using agent = await openAgent({ config, logger, signal: stop });
+  await using client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS, ca, send: world.send });
+  await using agent = await openAgent({ config, logger, signal: stop, world });
   const { manager, envd, failpoints } = agent;
   const certificate = config.tls
     ? await openCertificate(config.dataDir, { nowMs: () => systemClock.nowMs(), randomBytes })
@@ -65,7 +86,7 @@ export async function serve(
     trust: () => store.current,
     operations: manager,
     envd,
-    clock: systemClock,
+    clock,
     logger,
   });
   try {
@@ -81,13 +102,15 @@ export async function serve(
       logger.error({ registeredAt, address }, "the control plane knows another address of this host");
     }
     logger.info({ ...server.address, hostId: store.current?.hostId, vmm: agent.vmm.kind }, "ready");
+    const { hostId } = store.current ?? {};
+    if (hostId !== undefined) options.onReady?.({ hostId, address: server.address, agent });
     await new ControlPlaneLink({
       client,
       store,
-      clock: systemClock,
+      clock,
       logger,
       intervals: config.intervals,
-      random: Math.random,
+      random,
       sandboxes: () => listAll(manager),
       load: (sandboxes) => readLoad(config.dataDir, sandboxes),
       events: manager.events,

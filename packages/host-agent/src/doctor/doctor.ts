@@ -23,7 +23,15 @@ export interface Probe {
   name: string;
   /** Sandboxes run only when one probe of each required area works. */
   required: boolean;
-  run(signal: AbortSignal): Promise<{ verdict: Verdict; detail: string; secure?: boolean }>;
+  run(signal: AbortSignal): Promise<ProbeResult>;
+}
+
+export interface ProbeResult {
+  verdict: Verdict;
+  detail: string;
+  secure?: boolean;
+  /** It runs no guests, and only pretends to. */
+  simulated?: boolean;
 }
 
 export interface Diagnosis {
@@ -43,8 +51,11 @@ export async function diagnose(
   const findings: Finding[] = [];
   const working = new Map<string, boolean>();
   let secure = false;
+  let simulated = false;
   for (const probe of probes) {
-    const { verdict, detail, secure: isSecure } = await runProbe(probe, options);
+    const result = await runProbe(probe, options);
+    const { verdict, detail, secure: isSecure } = result;
+    simulated ||= result.simulated === true;
     findings.push({ area: probe.area, name: probe.name, verdict, detail });
     if (isSecure === true && verdict !== "fails") secure = true;
     if (probe.required) working.set(probe.area, (working.get(probe.area) ?? false) || verdict !== "fails");
@@ -53,7 +64,11 @@ export async function diagnose(
   const ok = broken.length === 0;
   const advice: string[] = [];
   if (!ok) advice.push(`No sandbox can run on this host: nothing works for ${broken.join(", ")}.`);
-  if (ok && !secure) {
+  if (simulated) {
+    advice.push(
+      "SIMULATED: no guest runs here and no command does; for scale and fault tests only, never for production.",
+    );
+  } else if (ok && !secure) {
     advice.push(
       "Guests run on emulation (QEMU TCG), which QEMU does not call a security boundary: do not run hostile tenants' code on this host.",
     );
@@ -64,7 +79,7 @@ export async function diagnose(
 async function runProbe(
   probe: Probe,
   { probeTimeoutMs, signal }: { probeTimeoutMs: number; signal: AbortSignal },
-): Promise<{ verdict: Verdict; detail: string; secure?: boolean }> {
+): Promise<ProbeResult> {
   const limit = AbortSignal.any([signal, AbortSignal.timeout(probeTimeoutMs)]);
   const late = Promise.withResolvers<never>();
   const onAbort = (): void => late.reject(new RookeryError("timeout", "the probe did not end in time"));

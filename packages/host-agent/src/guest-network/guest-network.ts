@@ -22,7 +22,9 @@ export type GuestNic =
       mac: string;
       /** Loopback ports of the host, forwarded to the guest. */
       forwards: readonly { hostPort: number; guestPort: number }[];
-    };
+    }
+  /** A name for a guest that is not there. */
+  | { kind: "simulated"; mac: string; port: number };
 
 /** How the guest's only interface is configured; equal for all guests of a driver. */
 export interface GuestAddressing {
@@ -44,7 +46,7 @@ export interface NetworkLease {
 }
 
 export interface GuestNetworkDriver {
-  readonly kind: "netns" | "user";
+  readonly kind: "netns" | "user" | "simulated";
   readonly addressing: GuestAddressing;
   /** Can this driver work here? `reason` says why not, in words a person can act on. */
   probe(signal: AbortSignal): Promise<{ ok: boolean; reason?: string }>;

@@ -32,6 +32,12 @@ const HEALTH_PAUSE_MS = 5;
 const FIRST_HEALTH_HEDGE_MS = 1_000;
 const LAST_HEALTH_HEDGE_MS = 8_000;
 
+/** What the agent asks of guests: of a real one through `EnvdClient`, of a simulated one without a wire. */
+export type Guests = Pick<
+  EnvdClient,
+  "waitHealthy" | "init" | "exec" | "execStream" | "writeFile" | "readFile" | "release" | "close"
+>;
+
 export class EnvdClient {
   readonly #limits: GuestLimits;
   readonly #connections: GuestConnections;

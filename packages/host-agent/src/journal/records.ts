@@ -123,9 +123,10 @@ const nicSchema = z.discriminatedUnion("kind", [
     mac: z.string(),
     forwards: z.array(z.object({ hostPort: z.number().int(), guestPort: z.number().int() })),
   }),
+  z.object({ kind: z.literal("simulated"), mac: z.string(), port: z.number().int() }),
 ]);
 const leaseSchema: z.ZodType<NetworkLease> = z.object({
-  driver: z.enum(["netns", "user"]),
+  driver: z.enum(["netns", "user", "simulated"]),
   slot: slotSchema,
   uid: z.number().int(),
   nic: nicSchema,

@@ -10,7 +10,7 @@ const layerId = z.string().refine(isLayerId, "is not a layer id");
 
 const schema = z.strictObject({
   version: z.literal(1),
-  driver: z.enum(["qcow2", "device-mapper"]),
+  driver: z.enum(["qcow2", "device-mapper", "simulated"]),
   chain: z
     .array(
       z.discriminatedUnion("kind", [

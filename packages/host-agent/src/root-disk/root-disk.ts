@@ -40,7 +40,7 @@ export interface DiskUser {
 }
 
 export interface RootDiskDriver {
-  readonly kind: "qcow2" | "device-mapper";
+  readonly kind: "qcow2" | "device-mapper" | "simulated";
   probe(signal: AbortSignal): Promise<{ ok: boolean; reason?: string }>;
 
   /** Makes an empty top over `chain` in `dir` (made if absent). `sizeBytes` is at least the chain's. */

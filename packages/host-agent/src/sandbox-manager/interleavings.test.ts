@@ -17,10 +17,10 @@ import {
   openSimulatedMachine,
   operationOf,
   sandboxId,
-  seededRandom,
   snapshotId,
   specOf,
 } from "./testing/simulated-machine.ts";
+import { seededRandom } from "../simulated/seeded-random.ts";
 import { tidy } from "./watches.ts";
 
 const SANDBOXES = ["a", "b", "c"].map(sandboxId);

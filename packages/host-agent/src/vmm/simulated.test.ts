@@ -3,8 +3,9 @@ import { appendFileSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import type { Slot, VmId } from "../ids.ts";
 import { newRoot } from "../sandbox-manager/testing/simulated-machine.ts";
-import { openSimulatedDisks } from "../sandbox-manager/testing/simulated-seams.ts";
-import { memoryProcessTable, openSimulatedVmm, type SimulatedProcess } from "./simulated.ts";
+import { openSimulatedDisks } from "../root-disk/simulated.ts";
+import { memoryProcessTable, type SimulatedProcess } from "./simulated-processes.ts";
+import { openSimulatedVmm } from "./simulated.ts";
 import { vmmContract, type VmmTestBed } from "./vmm.contract.ts";
 import type { Vm, VmPlace } from "./vmm.ts";
 

@@ -1,12 +1,12 @@
 /**
- * A VMM without machines: for tests of what stands on the seam, and for
- * control planes that want thousands of sandboxes.
+ * A VMM without machines: for tests of what stands on the seam, and for control
+ * planes that want thousands of sandboxes. It is never chosen by itself, and
+ * says at every turn that it runs no guests.
  *
  * A guest is a handful of facts: what it remembers, and how often it ran. It
  * writes the latter to its disk each time it begins to run and remembers it, so
  * that a disk and a memory that do not belong together are found out at once
- * (`corrupt`). Processes live in a table that outlives the driver, as real ones
- * outlive the agent; a table in a directory outlives even this process.
+ * (`corrupt`).
  */
 import { createHash } from "node:crypto";
 import { readFileSync, writeFileSync } from "node:fs";
@@ -16,6 +16,8 @@ import { RookeryError } from "@rookery/protocol/errors";
 import { z } from "zod";
 import { readJson, writeFileAtomic } from "../host/atomic-file.ts";
 import type { DiskAttachment } from "../root-disk/root-disk.ts";
+import { memoryProcessTable, simulatedGuestSchema } from "./simulated-processes.ts";
+import type { ProcessTable, SimulatedGuest, SimulatedProcess } from "./simulated-processes.ts";
 import type {
   LayerCapture,
   MemoryBase,
@@ -25,46 +27,16 @@ import type {
   VmmDriver,
   VmPlace,
   VmRecord,
-  VmShape,
   VmState,
 } from "./vmm.ts";
 
-const guestSchema = z.object({
-  /** What programs in the guest hold in memory. */
-  memory: z.record(z.string(), z.string()),
-  /** How often it began to run; the disk says the same. */
-  runs: z.number().int(),
-});
-export type SimulatedGuest = z.output<typeof guestSchema>;
-
-export interface SimulatedProcess {
-  pid: number;
-  startTime: string;
-  place: VmPlace;
-  shape: VmShape;
-  /** Of its memory base; undefined when it was cold-booted. */
-  baseSha256: string | undefined;
-  state: Exclude<VmState, "exited">;
-  guest: SimulatedGuest;
-  disk: DiskAttachment;
-  /** A clone is thawed once, also when that failed. */
-  thawBegun: boolean;
-  /** It was given a disk that its memory does not fit. */
-  corrupt: boolean;
-}
-
-/** The processes of a simulated host. */
-export interface ProcessTable {
-  get(pid: number): SimulatedProcess | undefined;
-  set(process: SimulatedProcess): void;
-  delete(pid: number): void;
-  all(): SimulatedProcess[];
-}
+/** What takes a VMM time. */
+export type VmmOperation = "boot" | "spawn" | "thaw" | "freeze" | "write-layer";
 
 export interface SimulatedVmmOptions {
   processes?: ProcessTable;
   /** Passes the time that a VMM takes; the default takes none. */
-  pause?: (operation: "boot" | "spawn" | "thaw" | "freeze", signal: AbortSignal) => Promise<void>;
+  pause?: (operation: VmmOperation, signal: AbortSignal) => Promise<void>;
   /** Of [0, 1): pids and start times come from it. */
   random?: () => number;
   /** Off where disks are real ones that a simulated guest must not write to. */
@@ -85,18 +57,11 @@ const layerManifestSchema = z.object({
   guestSha256: z.string(),
   pageBytes: z.number().int(),
 });
+/** What people read who wonder. */
+export const SIMULATED = "simulated: runs no guests; for scale and fault tests only";
+
 const PAGE_BYTES = 4096;
 const BASE_FILE = "memory.base";
-
-export function memoryProcessTable(): ProcessTable {
-  const byPid = new Map<number, SimulatedProcess>();
-  return {
-    get: (pid) => byPid.get(pid),
-    set: (process) => void byPid.set(process.pid, process),
-    delete: (pid) => void byPid.delete(pid),
-    all: () => [...byPid.values()],
-  };
-}
 
 export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVmmDriver {
   const host: SimulatedHost = {
@@ -129,7 +94,7 @@ export function openSimulatedVmm(options: SimulatedVmmOptions = {}): SimulatedVm
     canForkRunning: true,
     processes: host.processes,
     async probe() {
-      return { ok: true, acceleration: "none", version: "1", secure: false, reason: "runs no guests" };
+      return { ok: true, acceleration: "none", version: "1", secure: false, reason: SIMULATED };
     },
     async fingerprint() {
       return host.fingerprint;
@@ -223,12 +188,9 @@ class SimulatedVm implements Vm {
     const layer = options.layer === undefined ? undefined : await this.#readLayer(options.layer);
     await this.#host.pause("thaw", signal);
     const process = this.process();
-    process.disk = options.disk ?? process.disk;
-    if (options.growDiskToBytes !== undefined) {
-      process.disk = { ...process.disk, sizeBytes: options.growDiskToBytes };
-    }
-    process.guest = layer ?? process.guest;
-    beginToRun(this.#host, process);
+    const disk = options.disk ?? process.disk;
+    const sizeBytes = options.growDiskToBytes ?? disk.sizeBytes;
+    beginToRun(this.#host, { ...process, disk: { ...disk, sizeBytes }, guest: layer ?? process.guest });
   }
 
   async freeze(signal: AbortSignal): Promise<void> {
@@ -251,11 +213,12 @@ class SimulatedVm implements Vm {
     if (baseSha256 === undefined) throw new RookeryError("wrong_state", "it stands on no memory base");
     const text = JSON.stringify(guest);
     const pageBytes = Math.ceil(text.length / PAGE_BYTES) * PAGE_BYTES;
-    const { fingerprint } = this.#host;
+    const { fingerprint, pause } = this.#host;
     return {
       pageBytes,
       async writeTo(dir, signal) {
         signal.throwIfAborted();
+        await pause("write-layer", signal);
         await mkdir(dir, { recursive: true });
         await writeFileAtomic(join(dir, "guest.json"), text, { sync: false });
         const manifest = { version: 1, baseSha256, fingerprint, guestSha256: sha256(text), pageBytes };
@@ -303,7 +266,7 @@ class SimulatedVm implements Vm {
     ) {
       throw new RookeryError("host_error", "the memory layer does not fit this VM");
     }
-    return guestSchema.parse(JSON.parse(text));
+    return simulatedGuestSchema.parse(JSON.parse(text));
   }
 
   #expect(state: VmState, signal: AbortSignal): void {
@@ -317,7 +280,7 @@ async function readBase(base: MemoryBase): Promise<SimulatedGuest> {
   if (sha256(text) !== base.memorySha256) {
     throw new RookeryError("host_error", "the warm image is not what its manifest says");
   }
-  return guestSchema.parse(JSON.parse(text));
+  return simulatedGuestSchema.parse(JSON.parse(text));
 }
 
 async function readOrRefuse<T>(reading: Promise<T>): Promise<T> {

@@ -11,24 +11,18 @@ import { join, relative } from "node:path";
 import type { Logger } from "../deps.ts";
 import { Failpoints, type FailpointOptions } from "../../failpoints/failpoints.ts";
 import type { SandboxId, SnapshotId, WarmKey } from "../../ids.ts";
-import {
-  openSimulatedVmm,
-  type ProcessTable,
-  type SimulatedVmmDriver,
-  type SimulatedVmmOptions,
-} from "../../vmm/simulated.ts";
+import { openSimulatedNetwork } from "../../guest-network/simulated.ts";
+import { SimulatedGuests } from "../../guest/simulated-guests.ts";
+import { openSimulatedDisks } from "../../root-disk/simulated.ts";
+import { seededRandom } from "../../simulated/seeded-random.ts";
+import { openSimulatedCgroups } from "../../simulated/simulated-cgroups.ts";
+import { directoryProcessTable, type ProcessTable } from "../../vmm/simulated-processes.ts";
+import { openSimulatedVmm, type SimulatedVmmDriver, type SimulatedVmmOptions } from "../../vmm/simulated.ts";
 import { systemClock, type Clock } from "../clock.ts";
 import { FAILPOINTS } from "../operations.ts";
 import { MANAGER_DEFAULTS, type Deps, type ManagerConfig } from "../deps.ts";
 import type { Operation, SandboxSpec } from "../sandbox.ts";
 import type { WarmImage } from "../warm-images.ts";
-import {
-  directoryProcessTable,
-  openSimulatedCgroups,
-  openSimulatedDisks,
-  openSimulatedGuests,
-  openSimulatedNetwork,
-} from "./simulated-seams.ts";
 
 export interface SimulatedMachineOptions {
   clock?: Clock;
@@ -66,7 +60,7 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
   const hostDir = join(root, "host");
   const socketRoot = join(root, "sockets");
   const imagePath = join(root, "image.raw");
-  mkdirSync(root, { recursive: true });
+  mkdirSync(join(hostDir, "networks"), { recursive: true });
   // The template ran once, as its memory and its disk say.
   const baseMemory = JSON.stringify({ memory: {}, runs: 1 });
   if (!existsSync(imagePath)) {
@@ -121,7 +115,7 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
     network: openSimulatedNetwork(join(hostDir, "networks"), trouble),
     cgroups: openSimulatedCgroups(join(hostDir, "cgroups"), processes, trouble),
     warmImages: { ensure: async () => warm, open: async () => warm },
-    guest: openSimulatedGuests(processes, trouble),
+    guest: new SimulatedGuests({ processes, trouble }),
     failpoints: new Failpoints({ ...options.failpoints, known: FAILPOINTS }),
   };
   const traces = () =>
@@ -151,18 +145,6 @@ function walk(dir: string): string[] {
 export function newRoot(): string {
   const parent = existsSync("/dev/shm") ? "/dev/shm" : tmpdir();
   return mkdtempSync(join(parent, "rk-machine-"));
-}
-
-/** mulberry32. */
-export function seededRandom(seed: number): () => number {
-  let state = seed >>> 0;
-  return () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let mixed = state;
-    mixed = Math.imul(mixed ^ (mixed >>> 15), mixed | 1);
-    mixed ^= mixed + Math.imul(mixed ^ (mixed >>> 7), mixed | 61);
-    return ((mixed ^ (mixed >>> 14)) >>> 0) / 2 ** 32;
-  };
 }
 
 const silentLogger: Logger = {

@@ -51,6 +51,7 @@ export interface QemuMachine {
 }
 
 function netdev(nic: GuestNic): string {
+  if (nic.kind === "simulated") throw new Error("a simulated network has no card for a real guest");
   if (nic.kind === "tap") return `tap,id=net0,ifname=${nic.tapName},script=no,downscript=no`;
   const forwards = nic.forwards.map(
     ({ hostPort, guestPort }) => `hostfwd=tcp:127.0.0.1:${hostPort}-:${guestPort}`,
