@@ -15,6 +15,7 @@ import { type OpenTransport, openHostClient } from "./hosts/host-client.ts";
 import { HostClientPool, type OpenClient } from "./hosts/host-client-pool.ts";
 import { HostMonitor } from "./hosts/host-monitor.ts";
 import { type Loop, startLoop } from "./hosts/loop.ts";
+import { retireClients } from "./hosts/retire-clients.ts";
 import { newScheduler } from "./hosts/scheduler.ts";
 import { commandTokens } from "./hosts/tokens.ts";
 import { type Clock, systemClock } from "./model/clock.ts";
@@ -29,6 +30,8 @@ import type { Services } from "./service/services.ts";
 const BATCH = 50;
 const MAX_READ_HOSTS = 5_000;
 const MONITOR_TICK_MS = 1_000;
+/** What another replica revoked or deleted is connected to no longer than this. */
+const CLIENTS_TICK_MS = 5_000;
 const CLIENT = {
   answerGraceMs: 5_000,
   lookMs: 10_000,
@@ -140,6 +143,7 @@ function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" |
     start: () => {
       start("monitor", Math.min(MONITOR_TICK_MS, config.monitor.everyMs), () => monitor.round(signal));
       start("sweep", config.sweepMs, () => sweep.round());
+      start("clients", CLIENTS_TICK_MS, () => retireClients(deps));
       start("events", Math.ceil(config.eventLeaseMs / 3), () => reader.round());
     },
     wake: () => {

@@ -22,6 +22,7 @@ import { CONTENT_POLICY, servePages, sourceAssets } from "./pages.ts";
 import { observeRequests } from "./request-log.ts";
 import { execRoutes } from "./routes/exec.ts";
 import { readFileRoute, writeFileRoute } from "./routes/files.ts";
+import { hostLifeRoutes } from "./routes/host-life.ts";
 import { hostAgentRoutes, hostRoutes } from "./routes/hosts.ts";
 import { operationRoutes } from "./routes/operations.ts";
 import { sandboxRoutes } from "./routes/sandboxes.ts";
@@ -64,6 +65,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
     await snapshotRoutes(scope, services);
     await teamRoutes(scope, services);
     await hostRoutes(scope, services);
+    await hostLifeRoutes(scope, services);
     await hostAgentRoutes(scope, services);
     await operationRoutes(scope, services, registry);
   });

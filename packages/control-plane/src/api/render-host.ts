@@ -1,7 +1,12 @@
 /** Hosts, as JSON shows them. */
 import type { z } from "zod";
-import type { Host, Page } from "../service/services.ts";
-import type { Host as HostSchema, HostPage, HostRegistrationToken } from "./schemas/hosts.ts";
+import type { Host, HostContents, Page } from "../service/services.ts";
+import type {
+  Host as HostSchema,
+  HostContents as HostContentsSchema,
+  HostPage,
+  HostRegistrationToken,
+} from "./schemas/hosts.ts";
 
 export function renderHost(host: Host): z.output<typeof HostSchema> {
   return {
@@ -20,6 +25,7 @@ export function renderHost(host: Host): z.output<typeof HostSchema> {
     labels: host.labels,
     sandboxes: host.sandboxes,
     last_heartbeat_at: host.lastHeartbeatAt?.toISOString(),
+    revoked_at: host.revokedAt?.toISOString(),
     created_at: host.createdAt.toISOString(),
   };
 }
@@ -37,5 +43,19 @@ export function renderRegistrationToken(made: {
     host: renderHost(made.host),
     registration_token: made.registrationToken,
     expires_at: made.expiresAt.toISOString(),
+  };
+}
+
+export function renderHostContents(contents: HostContents): z.output<typeof HostContentsSchema> {
+  return {
+    sandboxes: contents.sandboxes.map(({ id, teamId, status }) => ({ id, team_id: teamId, status })),
+    sandbox_count: contents.sandboxCount,
+    snapshots: contents.snapshots.map(({ id, teamId, name, sizeBytes }) => ({
+      id,
+      team_id: teamId,
+      name,
+      size_bytes: sizeBytes,
+    })),
+    snapshot_count: contents.snapshotCount,
   };
 }

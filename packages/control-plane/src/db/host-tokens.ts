@@ -6,6 +6,7 @@
 import { sql } from "kysely";
 import type { HostId } from "../model/ids.ts";
 import type { Queryable } from "./database.ts";
+import { type HostEnd, toHostEnd } from "./host-end.ts";
 import { interval } from "./interval.ts";
 
 /** Replaces the one that the host had. */
@@ -46,6 +47,8 @@ export interface RefreshToken {
   /** One that it was exchanged for, or another that was given for its parent, has been shown. */
   isOutrun: boolean;
   epoch: number;
+  /** Its host was deleted or revoked: it is good no more, and kept to say so. */
+  hostEnd: HostEnd | undefined;
 }
 
 /** Reads it with its host's row locked, so that exchanges of one host are one after another. */
@@ -58,7 +61,7 @@ export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<Ref
   if (!found) return undefined;
   const host = await tx
     .selectFrom("hosts")
-    .select("epoch")
+    .select(["epoch", "deleted_at", "revoked_at"])
     .where("id", "=", found.host_id)
     .forUpdate()
     .executeTakeFirst();
@@ -82,6 +85,7 @@ export async function lockRefreshToken(tx: Queryable, hash: Buffer): Promise<Ref
     isExpired: row.is_expired,
     isOutrun: row.is_outrun,
     epoch: host.epoch,
+    hostEnd: toHostEnd(host),
   };
 }
 

@@ -2,7 +2,9 @@
  * Hosts: who they are, what they last said, and which replica looks after them.
  *
  * Liveness is `pending → online ⇄ unreachable`; draining is a mark beside it,
- * so that a draining host that was silent for a while still drains.
+ * so that a draining host that was silent for a while still drains. A deleted
+ * host's row stays, and nothing here finds it. How hosts drain and end is in
+ * host-end.ts.
  */
 import { type Expression, type Selectable, type SqlBool, sql } from "kysely";
 import type { HostId, TeamId } from "../model/ids.ts";
@@ -50,6 +52,8 @@ export interface HostRecord {
   eventLogId?: string;
   acknowledgedEvent: bigint;
   lastHeartbeatAt?: Date;
+  /** Its credentials are good no more, until it registers again. */
+  revokedAt?: Date;
   createdAt: Date;
 }
 
@@ -102,6 +106,7 @@ export async function findHost(
     .selectAll()
     .select(liveSandboxes)
     .where("id", "=", id)
+    .where("deleted_at", "is", null)
     .where(inScope(scope))
     .executeTakeFirst();
   return row && { ...toHost(row), sandboxes: row.sandboxes };
@@ -116,6 +121,7 @@ export async function listHosts(
     .selectFrom("hosts")
     .selectAll()
     .select(liveSandboxes)
+    .where("deleted_at", "is", null)
     .where(inScope(scope))
     .where(olderThan(page.cursor, "hosts"))
     .orderBy("created_at", "desc")
@@ -141,7 +147,7 @@ export async function schedulableHosts(db: Queryable, teamId: TeamId): Promise<H
   return rows.map(toHost);
 }
 
-/** Undefined: not here, or never registered. */
+/** Undefined: not here, deleted, or never registered. */
 export async function findHostEndpoint(
   db: Queryable,
   id: HostId,
@@ -150,15 +156,19 @@ export async function findHostEndpoint(
     .selectFrom("hosts")
     .select(["id", "address", "certificate_fingerprint", "epoch", "status"])
     .where("id", "=", id)
+    .where("deleted_at", "is", null)
     .executeTakeFirst();
-  if (!row || row.address === null) return undefined;
-  return {
-    id,
-    address: row.address,
-    certificateFingerprint: row.certificate_fingerprint ?? undefined,
-    epoch: row.epoch,
-    status: row.status,
-  };
+  const endpoint = row && toEndpoint(row);
+  return endpoint && { ...endpoint, status: row.status };
+}
+
+export function toEndpoint(
+  row: Pick<Selectable<Hosts>, "id" | "address" | "certificate_fingerprint" | "epoch">,
+): HostEndpoint | undefined {
+  const { id, address, certificate_fingerprint: fingerprint, epoch } = row;
+  return address === null
+    ? undefined
+    : { id, address, certificateFingerprint: fingerprint ?? undefined, epoch };
 }
 
 /**
@@ -185,10 +195,12 @@ export async function recordRegistration(
       drivers: JSON.stringify(facts.drivers),
       version: facts.version,
       epoch: eb("epoch", "+", 1),
+      revoked_at: null,
       last_heartbeat_at: sql<Date>`now()`,
       next_check_at: sql<Date>`now()`,
     }))
     .where("id", "=", id)
+    .where("deleted_at", "is", null)
     .returning("epoch")
     .executeTakeFirst();
 }
@@ -225,6 +237,7 @@ export async function recordHeartbeat(
         .select(["id", "status"])
         .where("id", "=", id)
         .where("epoch", "=", epoch)
+        .where("deleted_at", "is", null)
         .forUpdate(),
     )
     .updateTable("hosts")
@@ -255,6 +268,7 @@ export async function markHostUnreachable(db: Queryable, id: HostId, silentMs: n
     .set({ status: "unreachable" })
     .where("id", "=", id)
     .where("status", "!=", "pending")
+    .where("deleted_at", "is", null)
     .where("last_heartbeat_at", "<", sql<Date>`now() - ${interval(silentMs)}`)
     .executeTakeFirst();
   return numUpdatedRows === 1n;
@@ -274,6 +288,7 @@ export async function claimDueHosts(
           .selectFrom("hosts")
           .select("id")
           .where("status", "!=", "pending")
+          .where("deleted_at", "is", null)
           .where("next_check_at", "<=", sql<Date>`now()`)
           .orderBy("next_check_at")
           .limit(options.limit)
@@ -359,7 +374,7 @@ export async function recordEventRead(
 const liveSandboxes = sql<number>`(select count(*)::int from sandboxes
   where sandboxes.host_id = hosts.id and sandboxes.status not in ('stopped', 'error'))`.as("sandboxes");
 
-function inScope(scope: HostScope): Expression<SqlBool> {
+export function inScope(scope: HostScope): Expression<SqlBool> {
   return scope === "all" ? sql<boolean>`true` : sql<boolean>`hosts.team_id = ${scope.teamId}`;
 }
 
@@ -385,6 +400,7 @@ export function toHost(row: Selectable<Hosts>): HostRecord {
     eventLogId: row.event_log_id ?? undefined,
     acknowledgedEvent: row.acknowledged_event,
     lastHeartbeatAt: row.last_heartbeat_at ?? undefined,
+    revokedAt: row.revoked_at ?? undefined,
     createdAt: row.created_at,
   };
 }

@@ -19,9 +19,9 @@ import {
   insertSandbox,
   listSandboxes,
   liveSandboxesOfHost,
-  loseSandboxesOfHost,
   moveSandbox,
 } from "./sandboxes.ts";
+import { loseSandboxesOfHost } from "./sandboxes-of-host.ts";
 import { insertTeam, teamQuota } from "./teams.ts";
 import { openTestDatabase, useTestDatabase } from "./testing/test-database.ts";
 

@@ -1,9 +1,12 @@
 /**
  * Sandboxes, read and moved.
  *
- * Invariants: a status changes in `moveSandbox` and `loseSandboxesOfHost` only,
- * by compare-and-set, raising the generation; whatever enters a final status
- * leaves its team's count in the same statement.
+ * Invariants: a status changes in `moveSandbox`, and for a whole host in
+ * sandboxes-of-host.ts, only, raising the generation; whatever enters a final
+ * status leaves its team's count with it. No live row is on a deleted host:
+ * whoever places one holds the host's row locked.
+ *
+ * Locks are taken in this order: host, sandbox, team, the host's digest.
  */
 import assert from "node:assert/strict";
 import { type Selectable, sql } from "kysely";
@@ -84,10 +87,11 @@ export async function insertSandbox(
   options: { defaultQuota: number },
 ): Promise<SandboxRecord | undefined> {
   const { rows } = await sql<Selectable<Sandboxes>>`
-    with admitted as (
+    with host as (${hostThatTakesMore(input.hostId)}),
+    admitted as (
       update teams set live_sandboxes = live_sandboxes + 1
        where id = ${input.teamId} and live_sandboxes < coalesce(max_sandboxes, ${options.defaultQuota})
-         and exists (select from hosts where id = ${input.hostId} and status = 'online' and not draining)
+         and exists (select from host)
       returning id
     )
     insert into sandboxes (id, team_id, status, operation_deadline, template, snapshot_id, host_id, vcpus,
@@ -99,6 +103,15 @@ export async function insertSandbox(
       from admitted
     returning *`.execute(db);
   return rows[0] && toSandbox(rows[0]);
+}
+
+/**
+ * Locked, so that it neither begins to drain nor is deleted before the row that
+ * is placed on it can be seen. Heartbeats wait for that, a statement's time.
+ */
+function hostThatTakesMore(id: HostId) {
+  return sql`select id from hosts
+    where id = ${id} and status = 'online' and not draining and deleted_at is null for share`;
 }
 
 /** What may change along with a status. What is absent stays; `error` is cleared unless given. */
@@ -114,7 +127,10 @@ export interface MovePatch {
   error?: { code: string; message: string } | undefined;
 }
 
-/** Compare-and-set: undefined means that the row moved first (or is gone). */
+/**
+ * Compare-and-set: undefined means that the row moved first (or is gone), or
+ * that the host that it was to be placed on takes none any more.
+ */
 export async function moveSandbox(
   db: Queryable,
   at: At,
@@ -146,6 +162,7 @@ export async function moveSandbox(
       .where("id", "=", at.id)
       .where("status", "=", at.status)
       .where("generation", "=", at.generation)
+      .where(hostId ? sql<boolean>`exists (${hostThatTakesMore(hostId)})` : sql<boolean>`true`)
       .returningAll(),
   );
   const counted = isFinal(status)
@@ -164,18 +181,6 @@ export async function moveSandbox(
   if (!isWork(status)) query = query.select(sql`set_config('synchronous_commit', 'off', true)`.as("commit"));
   const row = await query.executeTakeFirst();
   return row && toSandbox(row);
-}
-
-/** The host went silent: all its running sandboxes are `missing`, until it returns. */
-export async function loseSandboxesOfHost(db: Queryable, hostId: HostId): Promise<number> {
-  assert.equal(nextStatus("running", "hostLost"), "missing");
-  const { numUpdatedRows } = await db
-    .updateTable("sandboxes")
-    .set((eb) => ({ status: "missing", generation: eb("generation", "+", 1n) }))
-    .where("host_id", "=", hostId)
-    .where("status", "=", "running")
-    .executeTakeFirst();
-  return Number(numUpdatedRows);
 }
 
 export async function findSandbox(

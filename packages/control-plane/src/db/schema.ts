@@ -54,9 +54,12 @@ export interface Hosts {
   address: string | null;
   arch: string | null;
   certificate_fingerprint: string | null;
+  compared_at: Timestamp | null;
   cpus: number | null;
   created_at: Generated<Timestamp>;
+  deleted_at: Timestamp | null;
   digest: string | null;
+  digest_differs: Generated<boolean>;
   disk_mb: number | null;
   draining: Generated<boolean>;
   drivers: ColumnType<Readonly<Record<string, string>>, string, string> | null;
@@ -76,10 +79,16 @@ export interface Hosts {
   name: string;
   next_check_at: Generated<Timestamp>;
   public_key: string | null;
+  revoked_at: Timestamp | null;
   status: Generated<"pending" | "online" | "unreachable">;
   team_id: TeamId | null;
   type: "shared" | "byoc";
   version: string | null;
+}
+
+export interface HostSandboxDigests {
+  digest: bigint;
+  host_id: HostId;
 }
 
 export interface IdempotencyKeys {
@@ -158,6 +167,7 @@ export interface DB {
   cluster: Cluster;
   host_refresh_tokens: HostRefreshTokens;
   host_registration_tokens: HostRegistrationTokens;
+  host_sandbox_digests: HostSandboxDigests;
   hosts: Hosts;
   idempotency_keys: IdempotencyKeys;
   sandboxes: Sandboxes;

@@ -25,26 +25,20 @@ export interface SnapshotRecord {
 
 export const SNAPSHOT_NAME_CONSTRAINT = "snapshots_name";
 
+/** False: its host is deleted. (Locked, so that it is not while this is being written.) */
 export async function insertSnapshot(
   db: Queryable,
   input: Pick<SnapshotRecord, "id" | "teamId" | "name" | "hostId" | "vcpus" | "memoryMb" | "diskMb"> & {
     deadlineMs: number;
   },
-): Promise<void> {
-  await db
-    .insertInto("snapshots")
-    .values({
-      id: input.id,
-      team_id: input.teamId,
-      name: input.name,
-      host_id: input.hostId,
-      status: "creating",
-      vcpus: input.vcpus,
-      memory_mb: input.memoryMb,
-      disk_mb: input.diskMb,
-      operation_deadline: sql<Date>`now() + ${interval(input.deadlineMs)}`,
-    })
-    .execute();
+): Promise<boolean> {
+  const { numAffectedRows } = await sql`
+    with host as (select id from hosts where id = ${input.hostId} and deleted_at is null for share)
+    insert into snapshots (id, team_id, name, host_id, status, vcpus, memory_mb, disk_mb, operation_deadline)
+    select ${input.id}, ${input.teamId}, ${input.name}, id, 'creating', ${input.vcpus}::int,
+      ${input.memoryMb}::int, ${input.diskMb}::int, now() + ${interval(input.deadlineMs)}
+      from host`.execute(db);
+  return numAffectedRows === 1n;
 }
 
 /**

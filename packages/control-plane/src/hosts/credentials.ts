@@ -20,6 +20,7 @@ import {
   pruneSuccessors,
   putRegistrationToken,
 } from "../db/host-tokens.ts";
+import { type HostEnd, endOfHost } from "../db/host-end.ts";
 import {
   type Heartbeat,
   type HostFacts,
@@ -94,6 +95,7 @@ export class HostCredentials {
     const host = await this.#deps.db.transaction().execute(async (tx) => {
       const shown = await lockRefreshToken(tx, hashToken(token));
       if (!shown || shown.isExpired) return undefined;
+      if (shown.hostEnd) throw endedHost(shown.hostEnd);
       if (shown.isOutrun) {
         // Committed, not thrown: a rollback would leave the thief his token.
         await deleteRefreshTokens(tx, shown.hostId, "all");
@@ -123,9 +125,11 @@ export class HostCredentials {
   ): Promise<{ acknowledgedEvent: bigint; wasSilent: boolean }> {
     const { db, cluster, now } = this.#deps;
     const proof = await verifyHostAccess(cluster, accessToken, now());
-    const answer = proof.id === id ? await recordHeartbeat(db, id, proof.epoch, heartbeat) : undefined;
-    if (!answer) throw new RookeryError("invalid_token", "The access token is not valid for this host.");
-    return answer;
+    if (proof.id !== id) throw new RookeryError("forbidden", "The access token is another host's.");
+    const answer = await recordHeartbeat(db, id, proof.epoch, heartbeat);
+    if (answer) return answer;
+    const end = await endOfHost(db, id);
+    throw end ? endedHost(end) : new RookeryError("invalid_token", "The access token is good no more.");
   }
 
   #access(host: { id: HostId; epoch: number }): Promise<string> {
@@ -136,4 +140,11 @@ export class HostCredentials {
   #newToken(prefix: string): string {
     return `${prefix}${Buffer.from(this.#deps.random(32)).toString("hex")}`;
   }
+}
+
+/** Said only to who proved to be that host: its agent tells by it what to do with what it has. */
+function endedHost(reason: HostEnd): RookeryError {
+  const words =
+    reason === "host_deleted" ? "This host was deleted." : "This host's credentials were revoked.";
+  return new RookeryError("invalid_token", words, { details: { reason } });
 }

@@ -7,7 +7,6 @@
  * the row becomes what is true. A round ends with its lease at the latest; until
  * then a host that hangs holds up its own rows only.
  */
-import { RookeryError } from "@rookery/protocol/errors";
 import pLimit, { type LimitFunction } from "p-limit";
 import { findHostEndpoint } from "../db/hosts.ts";
 import { dropExpiredIdempotencyKeys } from "../db/idempotency.ts";
@@ -107,8 +106,8 @@ export class DeadlineSweep {
   async #forget(row: SnapshotRecord): Promise<void> {
     const { db, pool } = this.#deps;
     const host = await findHostEndpoint(db, row.hostId);
-    if (!host) throw new RookeryError("host_unreachable", "The snapshot's host never registered.");
-    await pool.agent(host).deleteSnapshot(row.id);
+    // A host that was deleted has nothing of ours to forget.
+    if (host) await pool.agent(host).deleteSnapshot(row.id);
     await removeSnapshot(db, row.id);
   }
 }

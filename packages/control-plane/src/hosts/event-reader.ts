@@ -122,11 +122,11 @@ export class EventReader {
   async apply(id: HostId, agent: HostAgent, logId: string, event: AgentEvent): Promise<void> {
     const { db, log } = this.#deps;
     const moved = await db.transaction().execute(async (tx) => {
+      // First: hosts are locked before their sandboxes, here as everywhere (db/sandboxes.ts).
+      await recordEventRead(tx, id, logId, event.number);
       const [row] = await findSandboxes(tx, [event.sandboxId]);
       const change = row && changeOf(id, row, event);
-      const after = change && (await moveSandbox(tx, row, change.event, change.patch));
-      await recordEventRead(tx, id, logId, event.number);
-      return after;
+      return change && moveSandbox(tx, row, change.event, change.patch);
     });
     if (!moved) return;
     log.info(

@@ -38,6 +38,10 @@ afterEach(async () => {
 });
 
 function openClient(address: string, certificateFingerprint?: string) {
+  return openBoth(address, certificateFingerprint).agent;
+}
+
+function openBoth(address: string, certificateFingerprint?: string) {
   const client = openHostClient(
     { id: "host-a" as HostId, address, certificateFingerprint, epoch: 1 },
     {
@@ -52,7 +56,7 @@ function openClient(address: string, certificateFingerprint?: string) {
     },
   );
   closing.push(() => client.close());
-  return client.agent;
+  return client;
 }
 
 async function startAgent(): Promise<FakeAgent> {
@@ -175,6 +179,20 @@ test("a command is sent again when its answer is lost; what runs in a guest neve
   isLost = false;
   await assert.rejects(agent.exec(id, command, AbortSignal.timeout(5_000)), code("host_unreachable"));
   assert.equal(fake.callsOf("exec").length, 1);
+});
+
+test("closing a client ends what is under way, and nothing goes through it any more", async () => {
+  const fake = await startAgent();
+  const { agent, close } = openBoth(fake.address);
+  const { hook, arrived, release } = holding("createSnapshot");
+  fake.before = hook;
+  const call = agent.createSnapshot(operation(1n), "snap-a" as SnapshotId, spec.teamId);
+  const failed = assert.rejects(call, code("host_unreachable"));
+  await arrived;
+  close();
+  await failed;
+  release();
+  await assert.rejects(agent.getSandbox(id), code("host_unreachable"));
 });
 
 test("a caller who goes away ends the call with his own reason", async () => {

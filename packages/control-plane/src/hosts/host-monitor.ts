@@ -15,12 +15,8 @@
 import pLimit from "p-limit";
 import { touchReceptive } from "../db/cluster.ts";
 import { type HostRecord, claimDueHosts, markHostUnreachable } from "../db/hosts.ts";
-import {
-  type SandboxSummaryRecord,
-  findSandboxes,
-  liveSandboxesOfHost,
-  loseSandboxesOfHost,
-} from "../db/sandboxes.ts";
+import { type SandboxSummaryRecord, findSandboxes, liveSandboxesOfHost } from "../db/sandboxes.ts";
+import { loseSandboxesOfHost } from "../db/sandboxes-of-host.ts";
 import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal, isWork } from "../model/sandbox-state.ts";
 import type { AgentSandbox, HostAgent } from "./host-agent.ts";

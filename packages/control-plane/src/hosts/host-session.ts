@@ -71,7 +71,8 @@ export class HostSession {
 
   close(): void {
     this.#isClosed = true;
-    for (const session of this.#live) session.destroy(undefined, constants.NGHTTP2_CANCEL);
+    // With an error: by a mere code the calls under way would wait for their deadlines.
+    for (const session of this.#live) session.destroy(closed(), constants.NGHTTP2_CANCEL);
   }
 
   /** The next request opens another, unless somebody has already. */
@@ -147,6 +148,10 @@ function isUsable(session: ClientHttp2Session): boolean {
 /** With the code that every layer above takes for a connection that failed. */
 function timedOut(words: string): Error {
   return Object.assign(new Error(words), { code: "ETIMEDOUT" });
+}
+
+function closed(): Error {
+  return Object.assign(new Error("the client was closed"), { code: "ECONNABORTED" });
 }
 
 function unreachable(cause: unknown): RookeryError {

@@ -7,7 +7,7 @@
  *
  * Events are either commands (`pause`, `resume`, `destroy`, `assign`), a host's
  * word about what is (`seen…`, `gone`, `died`), or a verdict about a host
- * (`hostLost`). A pause that failed is `pausing` + `seenRunning`.
+ * (`hostLost`, `hostDeleted`). A pause that failed is `pausing` + `seenRunning`.
  */
 import type { SandboxStatus } from "./sandbox.ts";
 
@@ -25,7 +25,9 @@ export type SandboxEvent =
   | "gone"
   /** It can't be brought back. */
   | "died"
-  | "hostLost";
+  | "hostLost"
+  /** Its host is none of ours any more, and nobody will be asked. */
+  | "hostDeleted";
 
 export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxStatus>>> = {
   pending: { assign: "starting", died: "error", destroy: "stopping" },
@@ -35,6 +37,7 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     refused: "pending",
     died: "error",
     hostLost: "missing",
+    hostDeleted: "stopped",
     destroy: "stopping",
   },
   running: {
@@ -43,6 +46,7 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     gone: "stopped",
     died: "error",
     hostLost: "missing",
+    hostDeleted: "stopped",
     destroy: "stopping",
   },
   pausing: {
@@ -51,15 +55,24 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     gone: "stopped",
     died: "error",
     hostLost: "missing",
+    hostDeleted: "stopped",
     destroy: "stopping",
   },
-  paused: { resume: "resuming", seenRunning: "running", gone: "stopped", died: "error", destroy: "stopping" },
+  paused: {
+    resume: "resuming",
+    seenRunning: "running",
+    gone: "stopped",
+    died: "error",
+    hostDeleted: "stopped",
+    destroy: "stopping",
+  },
   resuming: {
     seenRunning: "running",
     seenPaused: "paused",
     gone: "stopped",
     died: "error",
     hostLost: "missing",
+    hostDeleted: "stopped",
     destroy: "stopping",
   },
   missing: {
@@ -67,9 +80,10 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     seenPaused: "paused",
     gone: "stopped",
     died: "error",
+    hostDeleted: "stopped",
     destroy: "stopping",
   },
-  stopping: { gone: "stopped" },
+  stopping: { gone: "stopped", hostDeleted: "stopped" },
   stopped: {},
   error: {},
 };

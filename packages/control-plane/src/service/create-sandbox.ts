@@ -17,7 +17,7 @@ import type { HostId, SandboxId, TeamId } from "../model/ids.ts";
 import type { Sandbox } from "../model/sandbox.ts";
 import { awaitMade } from "./await-made.ts";
 import type { Deps } from "./deps.ts";
-import { shownError, wrongState } from "./errors.ts";
+import { shownError, silentHost, wrongState } from "./errors.ts";
 import { holdRow } from "./hold-row.ts";
 import { type Origin, chooseShape, resolveTemplate } from "./resolve-template.ts";
 import type { Caller, CreateSandboxInput, HeldKey } from "./services.ts";
@@ -41,18 +41,17 @@ export async function createSandbox(
   let refusal = new RookeryError("no_capacity", "No host can take this sandbox now.");
   for (let hosts = known; ; hosts = await schedulableHosts(deps.db, caller.teamId)) {
     const host = pickHost(deps, order, hosts, passedOver);
-    const agent = host && agentOf(deps.pool, host);
-    if (!agent) break;
+    if (!host) break;
     passedOver.add(host.id);
     const placed: SandboxRecord | undefined = row
       ? await moveSandbox(deps.db, row, "assign", { hostId: host.id, deadlineMs: deps.options.leaseMs })
       : await insert(deps, order, host.id, held);
     if (!placed) {
-      // Not inserted: that host takes none any more. Not moved: it was destroyed meanwhile.
-      if (row) throw await movedAway(deps, row);
+      // That host takes none any more, or the row was destroyed meanwhile.
+      if (row) await assertUnmoved(deps, row);
       continue;
     }
-    const outcome = await makeOn(deps, agent, placed, order.origin);
+    const outcome = await makeOn(deps, host, placed, order.origin);
     if (outcome.kind === "made") return outcome.row;
     refusal = outcome.refusal;
     row = await moveSandbox(deps.db, placed, "refused", { hostId: null, deadlineMs: deps.options.leaseMs });
@@ -139,10 +138,14 @@ type Outcome = { kind: "made"; row: SandboxRecord } | { kind: "refused"; refusal
 
 const REFUSALS: ReadonlySet<string> = new Set(["no_capacity", "out_of_disk", "host_unreachable"]);
 
-async function makeOn(deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin): Promise<Outcome> {
+async function makeOn(deps: Deps, host: HostRecord, row: SandboxRecord, origin: Origin): Promise<Outcome> {
+  let agent: HostAgent | undefined;
   try {
+    const maker = agentOf(deps.pool, host);
+    if (!maker) throw silentHost();
+    agent = maker;
     const seen = await holdRow(deps, row, () =>
-      agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin)),
+      maker.createSandbox(operationOf(deps, row), specOf(deps, row, origin)),
     );
     const settled = await settleSandbox(deps, agent, row, seen);
     if (settled.kind === "settled") return { kind: "made", row: settled.row };
@@ -150,7 +153,7 @@ async function makeOn(deps: Deps, agent: HostAgent, row: SandboxRecord, origin: 
     if (cause instanceof RookeryError && REFUSALS.has(cause.code)) return { kind: "refused", refusal: cause };
     const ended = await moveSandbox(deps.db, row, "died", { error: shownError(cause) });
     if (ended) {
-      await releaseVm(deps, agent, ended);
+      if (agent) await releaseVm(deps, agent, ended);
       throw cause;
     }
   }
@@ -168,6 +171,11 @@ function specOf({ cluster }: Deps, row: SandboxRecord, { name, snapshot }: Origi
     envdAccessToken: cluster.envdAccessToken(row),
     ...{ vcpus, memoryMb, diskMb, timeoutSec, onTimeout, timeoutMode, env, teamId },
   };
+}
+
+async function assertUnmoved(deps: Deps, row: SandboxRecord): Promise<void> {
+  const [now] = await findSandboxes(deps.db, [row.id]);
+  if (now?.generation !== row.generation) throw await movedAway(deps, row);
 }
 
 /** Another call got at the row while its host was at it. */

@@ -39,7 +39,7 @@ export async function createHost(
   });
 }
 
-/** For a host that never registered, or that is silent: one at work keeps its credentials. */
+/** For a host that never registered, is silent or was revoked: one at work keeps its credentials. */
 export async function newRegistrationToken(deps: Deps, caller: Caller, id: HostId): Promise<HostInvitation> {
   const { status } = await getHost(deps, caller, id);
   if (status !== "pending" && status !== "unreachable") {
@@ -52,7 +52,7 @@ export async function newRegistrationToken(deps: Deps, caller: Caller, id: HostI
 
 export async function getHost({ db }: { db: Queryable }, caller: Caller, id: HostId): Promise<Host> {
   const host = await findHost(db, scopeOf(caller), id);
-  if (!host) throw new RookeryError("not_found", "There is no such host.");
+  if (!host) throw noHost();
   return shown(host);
 }
 
@@ -94,7 +94,9 @@ export async function heartbeat(
   return { acknowledgedEvent };
 }
 
-function scopeOf(caller: Caller): HostScope {
+export const noHost = (): RookeryError => new RookeryError("not_found", "There is no such host.");
+
+export function scopeOf(caller: Caller): HostScope {
   return caller.role === "platform" ? "all" : { teamId: caller.teamId };
 }
 

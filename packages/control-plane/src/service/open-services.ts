@@ -12,6 +12,7 @@ import type { Deps } from "./deps.ts";
 import { destroySandbox } from "./destroy-sandbox.ts";
 import { demandPlatform } from "./errors.ts";
 import { GuestCalls } from "./guest-calls.ts";
+import * as hostLife from "./host-life.ts";
 import * as hosts from "./hosts.ts";
 import { idempotent } from "./idempotent.ts";
 import { getSandbox, list, updateSandbox } from "./look-at-sandboxes.ts";
@@ -62,6 +63,11 @@ export function openServices(deps: Deps): Services {
     newRegistrationToken: (caller, id) => hosts.newRegistrationToken(deps, caller, id),
     listHosts: (caller, page) => hosts.listHosts(deps, caller, page),
     getHost: (caller, id) => hosts.getHost(deps, caller, id),
+    updateHost: (caller, id, input) => hostLife.changeHost(deps, caller, id, input),
+    setHostDraining: (caller, id, draining) => hostLife.changeHost(deps, caller, id, { draining }),
+    revokeHost: (caller, id) => hostLife.revokeHost(deps, caller, id),
+    previewHostDeletion: (caller, id) => hostLife.previewHostDeletion(deps, caller, id),
+    deleteHost: (caller, id, options) => hostLife.deleteHost(deps, caller, id, options),
     registerHost: (input) => hosts.registerHost(deps, input),
     heartbeat: (accessToken, id, input) => hosts.heartbeat(deps, accessToken, id, input),
     refreshHostTokens: (refreshToken) => deps.credentials.refresh(refreshToken),

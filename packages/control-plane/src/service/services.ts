@@ -136,6 +136,8 @@ export interface Host {
   /** Sandboxes of it that are not final. */
   sandboxes: number;
   lastHeartbeatAt?: Date;
+  /** Its credentials were revoked, and it has not registered since. */
+  revokedAt?: Date;
   createdAt: Date;
 }
 
@@ -144,6 +146,21 @@ export interface HostInvitation {
   host: Host;
   registrationToken: string;
   expiresAt: Date;
+}
+
+export interface UpdateHostInput {
+  name?: string;
+  /** Replaces all of them. */
+  labels?: Record<string, string>;
+}
+
+/** What a forced deletion ends: the first of each kind, and how many there are. */
+export interface HostContents {
+  sandboxes: { id: SandboxId; teamId: TeamId; status: SandboxStatus }[];
+  sandboxCount: number;
+  /** Those that are nowhere else. */
+  snapshots: { id: SnapshotId; teamId: TeamId; name: string; sizeBytes: number }[];
+  snapshotCount: number;
 }
 
 export interface RegisterHostInput {
@@ -250,6 +267,14 @@ export interface Services {
   newRegistrationToken(caller: Caller, id: HostId): Promise<HostInvitation>;
   listHosts(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Host>>;
   getHost(caller: Caller, id: HostId): Promise<Host>;
+  updateHost(caller: Caller, id: HostId, input: UpdateHostInput): Promise<Host>;
+  /** A draining host takes no new sandboxes; what it has stays. */
+  setHostDraining(caller: Caller, id: HostId, draining: boolean): Promise<Host>;
+  /** Cuts its agent off until it registers anew; its running sandboxes are `missing`. */
+  revokeHost(caller: Caller, id: HostId): Promise<Host>;
+  previewHostDeletion(caller: Caller, id: HostId): Promise<HostContents>;
+  /** Without `force`, `host_has_sandboxes` where anything would end with it. */
+  deleteHost(caller: Caller, id: HostId, options: { force: boolean }): Promise<void>;
 
   /** These three are called by agents: their proof is the token itself. */
   registerHost(input: RegisterHostInput): Promise<Registration>;

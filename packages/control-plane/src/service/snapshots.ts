@@ -84,7 +84,7 @@ async function insert(
 ): Promise<SnapshotId> {
   const id = ids.snapshot();
   await db.transaction().execute(async (tx) => {
-    await insertSnapshot(tx, {
+    const isInserted = await insertSnapshot(tx, {
       id,
       teamId,
       name: input.name,
@@ -94,6 +94,7 @@ async function insert(
       diskMb: row.diskMb,
       deadlineMs: options.snapshotMs + options.leaseMs,
     });
+    if (!isInserted) throw silentHost();
     await held?.bind(tx, id);
   });
   return id;

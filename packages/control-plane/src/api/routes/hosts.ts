@@ -52,7 +52,8 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
       schema: {
         tags: ["hosts"],
         operationId: "renewRegistrationToken",
-        summary: "A new registration token for a pending host; the old one is good no more",
+        summary:
+          "A new registration token for a pending, silent or revoked host; the old one is good no more",
         params: HostParams,
         body: NoBody,
         response: { 201: HostRegistrationToken },
@@ -134,7 +135,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
   app.post(
     "/v1/hosts/:id/heartbeat",
     {
-      config: { access: "agent", errors: ["invalid_token"] },
+      config: { access: "agent", errors: ["invalid_token", "forbidden"] },
       schema: {
         tags: ["agents"],
         operationId: "heartbeat",

@@ -7,6 +7,7 @@
  */
 import { z } from "zod";
 import { ID_PATTERNS, isHostId } from "../../model/ids.ts";
+import { SANDBOX_STATUSES } from "../../model/sandbox.ts";
 import { idOf, label, metadataMap, pageOf, text, textMap, Time } from "./common.ts";
 
 export const HostParams = z.object({ id: idOf(isHostId, ID_PATTERNS.host) });
@@ -30,6 +31,7 @@ export const Host = z
     labels: z.record(z.string(), z.string()),
     sandboxes: z.int().describe("How many of its sandboxes are not final."),
     last_heartbeat_at: Time.optional(),
+    revoked_at: Time.optional().describe("Its credentials were revoked, and it has not registered since."),
     created_at: Time,
   })
   .meta({ id: "Host" });
@@ -39,6 +41,33 @@ export const HostPage = pageOf(Host).meta({ id: "HostPage" });
 export const CreateHost = z
   .strictObject({ name: label(128), type: hostType, labels: metadataMap.default(() => ({})) })
   .meta({ id: "CreateHost" });
+
+export const UpdateHost = z
+  .strictObject({
+    name: label(128).optional(),
+    labels: metadataMap.optional().describe("Replaces all of them."),
+  })
+  .meta({ id: "UpdateHost" });
+
+export const DeleteHostQuery = z.strictObject({
+  force: z
+    .enum(["true", "false"])
+    .default("false")
+    .transform((force) => force === "true")
+    .describe("End all that is on it."),
+});
+
+export const HostContents = z
+  .object({
+    sandboxes: z.array(z.object({ id: z.string(), team_id: z.string(), status: z.enum(SANDBOX_STATUSES) })),
+    sandbox_count: z.int(),
+    snapshots: z
+      .array(z.object({ id: z.string(), team_id: z.string(), name: z.string(), size_bytes: z.int() }))
+      .describe("Those that are nowhere else."),
+    snapshot_count: z.int(),
+  })
+  .describe("The first of each kind, and how many there are.")
+  .meta({ id: "HostContents" });
 
 export const HostRegistrationToken = z
   .object({ host: Host, registration_token: z.string().describe("Good once."), expires_at: Time })

@@ -6,6 +6,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import { randomBytes } from "node:crypto";
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "../../model/ids.ts";
+import { isFinal } from "../../model/sandbox-state.ts";
 import type { Sandbox, SandboxStatus } from "../../model/sandbox.ts";
 import type {
   Answer,
@@ -286,6 +287,41 @@ export class FakeServices implements Services {
     if (host === undefined || !isVisible(host, caller))
       throw new RookeryError("not_found", "there is no such host");
     return host;
+  }
+
+  async updateHost(caller: Caller, id: HostId, input: Parameters<Services["updateHost"]>[2]): Promise<Host> {
+    const host = await this.getHost(caller, id);
+    if (input.name !== undefined) host.name = input.name;
+    if (input.labels !== undefined) host.labels = input.labels;
+    return host;
+  }
+
+  async setHostDraining(caller: Caller, id: HostId, draining: boolean): Promise<Host> {
+    const host = await this.getHost(caller, id);
+    host.status = draining ? "draining" : "online";
+    return host;
+  }
+
+  async revokeHost(caller: Caller, id: HostId): Promise<Host> {
+    const host = await this.getHost(caller, id);
+    Object.assign(host, { status: "unreachable", revokedAt: new Date() });
+    return host;
+  }
+
+  /** All sandboxes there are: the fake ones are on no host. */
+  async previewHostDeletion(caller: Caller, id: HostId): ReturnType<Services["previewHostDeletion"]> {
+    await this.getHost(caller, id);
+    const sandboxes = [...this.sandboxes.values()].filter(({ status }) => !isFinal(status));
+    return { sandboxes, sandboxCount: sandboxes.length, snapshots: [], snapshotCount: 0 };
+  }
+
+  async deleteHost(caller: Caller, id: HostId, { force }: { force: boolean }): Promise<void> {
+    const { sandboxes } = await this.previewHostDeletion(caller, id);
+    if (!force && sandboxes.length > 0) {
+      const listed = sandboxes.map((sandbox) => ({ id: sandbox.id }));
+      throw new RookeryError("host_has_sandboxes", "it has some", { details: { sandboxes: listed } });
+    }
+    this.#hosts.delete(id);
   }
 
   async registerHost({

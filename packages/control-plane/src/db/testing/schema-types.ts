@@ -14,6 +14,7 @@ const COLUMNS: Record<string, string> = {
   "api_keys.team_id": "TeamId",
   "host_refresh_tokens.host_id": "HostId",
   "host_registration_tokens.host_id": "HostId",
+  "host_sandbox_digests.host_id": "HostId",
   "hosts.id": "HostId",
   "hosts.team_id": "TeamId | null",
   "idempotency_keys.team_id": "TeamId",
