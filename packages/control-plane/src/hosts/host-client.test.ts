@@ -183,16 +183,16 @@ test("a command is sent again when its answer is lost; what runs in a guest neve
 
 test("closing a client ends what is under way, and nothing goes through it any more", async () => {
   const fake = await startAgent();
-  const { agent, close } = openBoth(fake.address);
-  const { hook, arrived, release } = holding("createSnapshot");
-  fake.before = hook;
-  const call = agent.createSnapshot(operation(1n), "snap-a" as SnapshotId, spec.teamId);
+  const client = openBoth(fake.address);
+  const held = holding("createSnapshot");
+  fake.before = held.hook;
+  const call = client.agent.createSnapshot(operation(1n), "snap-a" as SnapshotId, spec.teamId);
   const failed = assert.rejects(call, code("host_unreachable"));
-  await arrived;
-  close();
+  await held.arrived;
+  client.close();
   await failed;
-  release();
-  await assert.rejects(agent.getSandbox(id), code("host_unreachable"));
+  held.release();
+  await assert.rejects(client.agent.getSandbox(id), code("host_unreachable"));
 });
 
 test("a caller who goes away ends the call with his own reason", async () => {

@@ -141,12 +141,9 @@ const REFUSALS: ReadonlySet<string> = new Set(["no_capacity", "out_of_disk", "ho
 async function makeOn(deps: Deps, host: HostRecord, row: SandboxRecord, origin: Origin): Promise<Outcome> {
   let agent: HostAgent | undefined;
   try {
-    const maker = agentOf(deps.pool, host);
-    if (!maker) throw silentHost();
-    agent = maker;
-    const seen = await holdRow(deps, row, () =>
-      maker.createSandbox(operationOf(deps, row), specOf(deps, row, origin)),
-    );
+    agent = agentOf(deps.pool, host);
+    if (!agent) throw silentHost();
+    const seen = await holdRow(deps, row, create(deps, agent, row, origin));
     const settled = await settleSandbox(deps, agent, row, seen);
     if (settled.kind === "settled") return { kind: "made", row: settled.row };
   } catch (cause) {
@@ -159,6 +156,9 @@ async function makeOn(deps: Deps, host: HostRecord, row: SandboxRecord, origin: 
   }
   throw await movedAway(deps, row);
 }
+
+const create = (deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin) => () =>
+  agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin));
 
 function operationOf({ clock, options }: Deps, { id, generation }: SandboxRecord) {
   return { sandboxId: id, generation, deadline: new Date(clock.now() + options.createMs) };

@@ -1,5 +1,6 @@
 /** The rules of a host's life, and who wins when two go for it at once. */
 import assert from "node:assert/strict";
+import { RookeryError } from "@rookery/protocol/errors";
 import { beforeEach, expect, test } from "vitest";
 import { changeHost, deleteHost, revokeHost } from "../db/host-end.ts";
 import { findSandbox, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
@@ -8,7 +9,7 @@ import { lockWaiters } from "../db/testing/lock-waiters.ts";
 import { DeadlineSweep } from "../hosts/deadline-sweep.ts";
 import { HostMonitor } from "../hosts/host-monitor.ts";
 import { retireClients } from "../hosts/retire-clients.ts";
-import { failing, holding } from "../hosts/testing/fake-agent.ts";
+import { holding } from "../hosts/testing/fake-agent.ts";
 import type { HostId, SandboxId } from "../model/ids.ts";
 import type { Caller } from "./services.ts";
 import {
@@ -107,13 +108,13 @@ test("a draining host takes no new sandboxes, keeps what it has, and takes some 
 
 test("a create that races with a drain comes wholly before it, or not at all", async () => {
   const { db } = plane.deps;
-  const late = Promise.withResolvers<ReturnType<typeof insertOn>>();
+  let late: ReturnType<typeof insertOn> | undefined;
   await db.transaction().execute(async (tx) => {
     await changeHost(tx, "all", host.id, { draining: true });
-    late.resolve(insertOn(db, host.id));
+    late = insertOn(db, host.id);
     await somebodyWaits();
   });
-  assert.equal(await await late.promise, undefined);
+  assert.equal(await late, undefined);
   assert.equal((await teamQuota(db, caller.teamId))?.live, 0);
 });
 
@@ -123,7 +124,7 @@ test("a create whose next host begins to drain meanwhile ends, and so does its r
   refuser.agent.before = async ({ method }) => {
     if (method !== "createSandbox") return;
     await plane.services.setHostDraining(operator, drainer.id, true);
-    failing("createSandbox", "no_capacity")({ method, id: "" });
+    throw new RookeryError("no_capacity", "the test says so");
   };
   await assert.rejects(create(), { code: "no_capacity" });
   const { items } = await plane.services.listSandboxes(caller, {
@@ -231,10 +232,10 @@ test("a silent host is deleted without waiting for it, and its work under way en
 
 test("a host that hangs holds its deletion up by the limit at most, and its rows are final all the same", async () => {
   const id = await create();
-  const { hook, release } = holding("destroySandbox");
-  host.agent.before = hook;
+  const held = holding("destroySandbox");
+  host.agent.before = held.hook;
   await plane.services.deleteHost(operator, host.id, { force: true });
-  release();
+  held.release();
   assert.equal((await rowOf(id)).status, "stopped");
 });
 
@@ -271,13 +272,13 @@ test("snapshots that are on no other host keep it from going, are shown, and go 
 
 test("a snapshot that is being made when its host is deleted is an error, and leaves no row", async () => {
   const id = await create();
-  const { hook, arrived, release } = holding("createSnapshot");
-  host.agent.before = hook;
+  const held = holding("createSnapshot");
+  host.agent.before = held.hook;
   const making = plane.services.createSnapshot(caller, { sandboxId: id, name: "late", overwrite: false });
   const failed = assert.rejects(making);
-  await arrived;
+  await held.arrived;
   await plane.services.deleteHost(operator, host.id, { force: true });
-  release();
+  held.release();
   await failed;
   await new DeadlineSweep(plane.deps, { batch: 50, leaseMs: 1_000, againMs: 0, silentAgainMs: 0 }).round();
   const rows = await plane.deps.db
@@ -351,27 +352,27 @@ test("of two replicas that delete a host, one does", async () => {
 
 test("a create that races with a deletion is stopped by it, or finds the host gone", async () => {
   const { db } = plane.deps;
-  const deleted = Promise.withResolvers<ReturnType<typeof deleteHost>>();
+  let deleting: ReturnType<typeof deleteHost> | undefined;
   const placed = await db.transaction().execute(async (tx) => {
     const row = await insertOn(tx, host.id);
-    deleted.resolve(deleteHost(db, "all", host.id, { force: true, limit: 1 }));
+    deleting = deleteHost(db, "all", host.id, { force: true, limit: 1 });
     await somebodyWaits();
     return row;
   });
   assert.ok(placed);
-  const deletion = await await deleted.promise;
-  assert.ok(deletion.kind === "deleted");
+  const deletion = await deleting;
+  assert.ok(deletion?.kind === "deleted");
   assert.deepEqual(deletion.stopped, [{ id: placed.id, generation: 2n }]);
 
   const second = await plane.newHost();
-  const late = Promise.withResolvers<ReturnType<typeof insertOn>>();
+  let late: ReturnType<typeof insertOn> | undefined;
   await db.transaction().execute(async (tx) => {
     await tx.selectFrom("hosts").select("id").where("id", "=", second.id).forUpdate().execute();
-    late.resolve(insertOn(db, second.id));
+    late = insertOn(db, second.id);
     await somebodyWaits();
     await tx.updateTable("hosts").set({ deleted_at: new Date() }).where("id", "=", second.id).execute();
   });
-  assert.equal(await await late.promise, undefined);
+  assert.equal(await late, undefined);
 });
 
 test("whatever two replicas are at when a host is deleted, no live row is on it afterwards", async () => {

@@ -6,6 +6,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import { randomBytes } from "node:crypto";
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "../../model/ids.ts";
+import { type PageInput, page } from "./fake-pages.ts";
 import { isFinal } from "../../model/sandbox-state.ts";
 import type { Sandbox, SandboxStatus } from "../../model/sandbox.ts";
 import type {
@@ -400,27 +401,6 @@ export class FakeServices implements Services {
   #mayFail(): void {
     if (this.failure !== undefined) throw this.failure;
   }
-}
-
-interface PageInput {
-  limit: number;
-  cursor?: string;
-}
-
-/** The cursor says how many came before: good enough where nothing is added meanwhile. */
-function page<T extends { createdAt: Date }>(all: T[], { limit, cursor }: PageInput): Page<T> {
-  const from = cursor === undefined ? 0 : Number(Buffer.from(cursor, "base64url").toString());
-  if (!Number.isInteger(from)) {
-    throw new RookeryError("invalid_request", "cursor is not one of ours", {
-      details: { field: "cursor", reason: "is not one of ours" },
-    });
-  }
-  const newestFirst = all.toReversed();
-  const items = newestFirst.slice(from, from + limit);
-  const next = from + items.length;
-  return next < all.length
-    ? { items, nextCursor: Buffer.from(String(next)).toString("base64url") }
-    : { items };
 }
 
 export function output({
