@@ -104,7 +104,9 @@ const MEANINGS: Record<ErrorCode, Meaning> = {
   },
   guest_error: {
     cause: "The guest gave a broken answer, or none that can be used.",
-    remedy: "Its own processes may have broken it: make another sandbox.",
+    remedy:
+      "With `retry_after_sec` nothing was done: call again then. Else its own processes may have broken it; when it stays so, make another sandbox.",
+    details: "`retry_after_sec`",
   },
   no_capacity: { cause: "No host has room.", remedy: "Wait, end sandboxes, or add a host." },
   host_unreachable: {

@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { afterEach, beforeAll, expect, inject, test } from "vitest";
 import { eventually } from "./api.ts";
-import type { Api, Sandbox } from "./api.ts";
+import type { Api, ApiError, ExecAnswer, Sandbox } from "./api.ts";
 import { sizes, takeInventory } from "./host-inventory.ts";
 import { Product } from "./product.ts";
 
@@ -122,3 +122,38 @@ async function allRows(): Promise<Sandbox[]> {
   }
   return items;
 }
+
+test("an envd that is killed in its guest is had back, with the guest and its programs as they were", async () => {
+  const { id } = await api.create({ env: { MINE: "yes" } });
+  const guest = () => api.sh(id, "cat /proc/sys/kernel/random/boot_id; pgrep -x sleep; hostname; echo $MINE");
+  await api.sh(id, "setsid sleep 1000 </dev/null >/dev/null 2>&1 &");
+  const before = await guest();
+  const envd = await api.sh(id, "pgrep -f /usr/lib/rookery/envd.mjs");
+
+  // The call itself breaks: whether the command did all that it was to do nobody knows.
+  const cut = await api.call<ApiError>("POST", `/v1/sandboxes/${id}/exec`, {
+    cmd: "sudo pkill -9 -f /usr/lib/rookery/envd.mjs; sleep 60",
+    shell: true,
+  });
+  assert.equal(cut.status, 502);
+  assert.equal(cut.body.error.code, "guest_error");
+
+  const first = await eventually("commands run again", 60_000, async () => {
+    const answer = await api.call<ExecAnswer & ApiError>("POST", `/v1/sandboxes/${id}/exec`, {
+      cmd: "pgrep",
+      args: ["-f", "/usr/lib/rookery/envd.mjs"],
+    });
+    if (answer.status === 200) return answer.body;
+    assert.equal(answer.body.error.code, "guest_error");
+    assert.equal(answer.headers.get("retry-after"), "3");
+    return undefined;
+  });
+  assert.notEqual(first.stdout.trim(), envd);
+  assert.equal(await guest(), before);
+  await api.writeFile(id, "/tmp/file", Buffer.from("content"));
+  assert.equal(Buffer.from(await api.readFile(id, "/tmp/file")).toString(), "content");
+  // And it moves as before.
+  await api.pause(id);
+  await api.resume(id);
+  assert.equal(await guest(), before);
+});

@@ -58,8 +58,10 @@ function fromErrorInfo(
   cause: ConnectError,
 ): RookeryError {
   if (PASSED_ON.has(code)) {
-    const options = Object.keys(details).length > 0 ? { cause, details: { ...details } } : { cause };
-    return new RookeryError(code, cause.rawMessage, options);
+    if (Object.keys(details).length === 0) return new RookeryError(code, cause.rawMessage, { cause });
+    const retryAfterSec = Number(details["retry_after_sec"]);
+    const told = Number.isFinite(retryAfterSec) && { retry_after_sec: retryAfterSec };
+    return new RookeryError(code, cause.rawMessage, { cause, details: { ...details, ...told } });
   }
   if (code === "unavailable") {
     return new RookeryError("host_unreachable", "The host is not ready; try again shortly.", { cause });

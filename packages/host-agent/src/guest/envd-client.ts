@@ -21,9 +21,12 @@ import { GUEST_LIMITS } from "./limits.ts";
 import type { GuestLimits } from "./limits.ts";
 import { readSmallBody } from "./process-calls.ts";
 import type { Command, Guest } from "./process-calls.ts";
+import { takesToken } from "./token-check.ts";
 
 /** After a try that failed at once: the guest's kernel is there, envd is not yet. */
 const HEALTH_PAUSE_MS = 5;
+/** The same for an envd that is being started again, which takes seconds. */
+const TOKEN_PAUSE_MS = 100;
 /**
  * A try that hangs goes on beside the next one, which comes so much later and
  * then ever later: an honest guest on a busy host may need seconds, and each
@@ -35,7 +38,15 @@ const LAST_HEALTH_HEDGE_MS = 8_000;
 /** What the agent asks of guests: of a real one through `EnvdClient`, of a simulated one without a wire. */
 export type Guests = Pick<
   EnvdClient,
-  "waitHealthy" | "init" | "exec" | "execStream" | "writeFile" | "readFile" | "release" | "close"
+  | "waitHealthy"
+  | "init"
+  | "knowsToken"
+  | "exec"
+  | "execStream"
+  | "writeFile"
+  | "readFile"
+  | "release"
+  | "close"
 >;
 
 export class EnvdClient {
@@ -127,6 +138,22 @@ export class EnvdClient {
     }
     if (status === 204) return;
     throw errorOfStatus(status, parseGuestJson(body, this.#limits), { subject: "guest" });
+  }
+
+  /**
+   * Asks until envd answers: whether it takes the token. It does not once it
+   * crashed and was started again in its guest.
+   */
+  async knowsToken(target: EnvdTarget, signal: AbortSignal): Promise<boolean> {
+    for (;;) {
+      signal.throwIfAborted();
+      try {
+        return await this.#use(target, (guest) => takesToken(guest, signal));
+      } catch {
+        // What went wrong is no matter: the caller's signal decides for how long it is asked again.
+        await sleep(TOKEN_PAUSE_MS, undefined, { signal }).catch(() => undefined);
+      }
+    }
   }
 
   exec(

@@ -5,9 +5,10 @@
 import { Readable } from "node:stream";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Dispatcher } from "undici";
-import { errorOfStatus, errorOfTransport, parseGuestJson } from "./guest-answers.ts";
+import { errorOfStatus, errorOfTransport, parseGuestJson, refusedToken } from "./guest-answers.ts";
 import { basicAuthorization, chunksOf, ignoreAbandoned, readSmallBody } from "./process-calls.ts";
 import type { Guest } from "./process-calls.ts";
+import { takesToken } from "./token-check.ts";
 
 /** Read from the sender ahead of the guest. */
 const WRITE_AHEAD_BYTES = 256 << 10;
@@ -63,7 +64,7 @@ export async function writeFile(
       headersTimeout: 0,
     });
     const body = await readSmallBody(response, guest.limits);
-    if (response.statusCode !== 200) throw refusal(guest, file, response, body);
+    if (response.statusCode !== 200) throw await refusal(guest, file, response, body, stopping);
     return written;
   } catch (cause) {
     if (sourceFailure !== undefined) throw sourceFailure;
@@ -92,7 +93,7 @@ export async function* readFile(
     });
     body = response.body;
     if (response.statusCode !== 200) {
-      throw refusal(guest, file, response, await readSmallBody(response, guest.limits));
+      throw await refusal(guest, file, response, await readSmallBody(response, guest.limits), signal);
     }
     const sizeBytes = sizeOf(response);
     const limit = sizeBytes ?? guest.limits.fileBytes;
@@ -129,12 +130,15 @@ function headersFor(guest: Guest, { user }: FileTarget): Record<string, string> 
   };
 }
 
-function refusal(
+async function refusal(
   guest: Guest,
   { user }: FileTarget,
   { statusCode }: Dispatcher.ResponseData,
   body: Uint8Array,
-): RookeryError {
+  signal: AbortSignal,
+): Promise<RookeryError> {
+  // An unknown user is a 401 too.
+  if (statusCode === 401 && !(await takesToken(guest, signal))) return refusedToken();
   return errorOfStatus(statusCode, parseGuestJson(body, guest.limits), { subject: "file", user });
 }
 

@@ -7,6 +7,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import type { ErrorCode } from "@rookery/protocol/errors";
 import { z } from "zod";
+import { NotServed } from "../sandbox-manager/guest.ts";
 import { NoConnection } from "./connect-racing.ts";
 import type { GuestLimits } from "./limits.ts";
 
@@ -62,6 +63,11 @@ export function errorOfStatus(status: number, body: unknown, context: CallContex
   return new RookeryError(code, wordsOf(message, `The guest answered with status ${status}`));
 }
 
+/** The whole of a call was refused for its token, which envd is told anew when it was started again. */
+export function refusedToken(): NotServed {
+  return new NotServed("The sandbox's envd was started again and does not know the host yet");
+}
+
 /** envd refuses an unknown user and a wrong token alike; the token is ours, so it is the user if one was asked for. */
 function refusedUser({ user }: CallContext, message: string | undefined): RookeryError {
   if (user === undefined)
@@ -113,7 +119,9 @@ export function errorOfTransport(cause: unknown, signals: readonly AbortSignal[]
   }
   if (cause instanceof RookeryError) return cause;
   if (cause instanceof NoConnection) {
-    return new RookeryError("guest_error", "The sandbox's guest takes no connections", { cause });
+    return new NotServed("The sandbox's guest takes no connections: its envd may be starting again", {
+      cause,
+    });
   }
   const code = cause instanceof Error && "code" in cause ? String(cause.code) : "";
   const words = code.includes("TIMEOUT")

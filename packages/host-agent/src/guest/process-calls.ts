@@ -13,7 +13,7 @@ import { process as wire } from "@rookery/protocol/envd";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Dispatcher, Pool } from "undici";
 import { FrameReader, frameOf } from "./envelope.ts";
-import { errorOfConnectFailure, errorOfTransport, parseGuestJson } from "./guest-answers.ts";
+import { errorOfConnectFailure, errorOfTransport, parseGuestJson, refusedToken } from "./guest-answers.ts";
 import type { CallContext } from "./guest-answers.ts";
 import type { GuestLimits } from "./limits.ts";
 
@@ -238,6 +238,8 @@ async function assertStream(
 ): Promise<void> {
   const { statusCode, headers } = response;
   if (statusCode === 200 && headers["content-type"] === "application/connect+proto") return;
+  // Of a stream, errors of Connect come in its last frame: this one is of the gate before.
+  if (statusCode === 401) throw refusedToken();
   const failure = parseGuestJson(await readSmallBody(response, guest.limits), guest.limits);
   throw errorOfConnectFailure(failure, context);
 }

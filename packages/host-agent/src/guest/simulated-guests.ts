@@ -13,6 +13,7 @@ import type { EnvdAddress } from "./connections.ts";
 import type { Guests } from "./envd-client.ts";
 import type { EnvdInit } from "./envd-init.ts";
 import type { FileTarget } from "./files.ts";
+import { refusedToken } from "./guest-answers.ts";
 import type { Command } from "./process-calls.ts";
 import { runSimulated } from "./simulated-commands.ts";
 
@@ -62,6 +63,12 @@ export class SimulatedGuests implements Guests {
     const { sandboxId, hostname, machineId, restoreId, accessToken } = init;
     this.#remember(this.#same(port, pid), { sandboxId, hostname, machineId, restoreId, accessToken });
     this.#trouble("guest.inited");
+  }
+
+  async knowsToken({ port, accessToken }: EnvdTarget, signal: AbortSignal): Promise<boolean> {
+    signal.throwIfAborted();
+    this.#trouble("guest.knowsToken");
+    return this.#find(port).guest.memory["accessToken"] === accessToken;
   }
 
   async exec(
@@ -165,7 +172,7 @@ export class SimulatedGuests implements Guests {
   #enter({ port, accessToken }: EnvdTarget): SimulatedProcess {
     const process = this.#find(port);
     if (process.guest.memory["accessToken"] !== accessToken) {
-      throw new RookeryError("guest_error", "The guest does not accept the host's token");
+      throw refusedToken();
     }
     return process;
   }

@@ -9,7 +9,7 @@ import type { Clock } from "../sandbox-manager/clock.ts";
 import type { SandboxOperations } from "../sandbox-manager/sandbox.ts";
 import * as decode from "./decode.ts";
 import { commandEventMessage, hostEventMessage, int64, sandboxMessage } from "./encode.ts";
-import { streamFromGuest, withGuest } from "./guest-calls.ts";
+import { streamFromGuest, withGuest, withGuestOnce } from "./guest-calls.ts";
 import { TRUST } from "./interceptors.ts";
 
 /** Events in one answer of a stream that does not follow, when the caller sets no bound. */
@@ -88,7 +88,7 @@ export function hostAgentService({
       const { start, chunks } = await splitWrite(requests);
       const id = decode.sandboxId(start.sandboxId);
       const file = decode.fileTarget(start);
-      const sizeBytes = await withGuest(operations, id, context.signal, (target, signal) =>
+      const sizeBytes = await withGuestOnce(operations, id, context.signal, (target, signal) =>
         envd.writeFile(target, file, chunks, signal),
       );
       return { sizeBytes: int64(sizeBytes) };

@@ -8,6 +8,7 @@ import type { OperationKind, Outcome } from "../journal/records.ts";
 import { deadlineSignal } from "./clock.ts";
 import { persist, type Core, type SandboxEntry } from "./core.ts";
 import type { Operation, SandboxView } from "./sandbox.ts";
+import { endRevival } from "./revive-guest.ts";
 import { asRookeryError } from "./steps.ts";
 import { viewOfSandbox } from "./views.ts";
 
@@ -46,6 +47,7 @@ export async function runCommand(
   const { clock } = core.deps;
   const { generation } = operation;
   entry.queue.requireRoom();
+  void endRevival(entry);
   const abort = new AbortController();
   const queued = entry.queue.run(async () => {
     if (core.sandboxes.get(entry.id) !== entry) {

@@ -37,6 +37,16 @@ export interface Core {
   formerVms: Map<VmId, VmPlaceRecord>;
 }
 
+/** Of an envd that was started again in its guest: see revive-guest.ts. */
+export interface Revivals {
+  underWay: { promise: Promise<boolean>; abort: AbortController } | undefined;
+  /** Such as followed each other closely. */
+  inARow: number;
+  /** The last of them. */
+  succeeded: boolean;
+  notBeforeMs: number;
+}
+
 export class SandboxEntry {
   record: SandboxRecord;
   /** The VM of a running sandbox; of a paused or failed one until it is released. */
@@ -61,6 +71,7 @@ export class SandboxEntry {
   /** An expiry that failed is not tried again before. */
   expireNotBeforeMs = 0;
   hangMisses = 0;
+  readonly revivals: Revivals = { underWay: undefined, inARow: 0, succeeded: false, notBeforeMs: 0 };
 
   constructor(record: SandboxRecord, options: { maxQueued: number; nowMs: number }) {
     this.record = record;

@@ -26,6 +26,7 @@ import type {
   SandboxView,
   SnapshotView,
 } from "./sandbox.ts";
+import { endRevival, reviveGuest } from "./revive-guest.ts";
 import { Snapshots, viewOfSnapshot } from "./snapshots.ts";
 import { asRookeryError, IncompleteUndo } from "./steps.ts";
 import { viewOfSandbox } from "./views.ts";
@@ -233,6 +234,11 @@ export class SandboxManager implements SandboxOperations {
     }
   }
 
+  async reviveGuest(id: SandboxId): Promise<boolean> {
+    const entry = this.#core.sandboxes.get(id);
+    return entry !== undefined && !this.#closing && (await reviveGuest(this.#core, entry));
+  }
+
   /**
    * Pauses all that run, within the work limit, going on past failures, which
    * it gives back. Each pause is an event with this reason.
@@ -268,6 +274,7 @@ export class SandboxManager implements SandboxOperations {
     this.#watches.stop();
     this.#warming.abort(new RookeryError("unavailable", "the agent is stopping"));
     await this.#warmed;
+    await Promise.all([...this.#core.sandboxes.values()].map((entry) => endRevival(entry)));
     await Promise.all([...this.#core.sandboxes.values()].map(({ queue }) => queue.idle()));
     await this.#core.pool.close();
     await this.#core.events.close();
@@ -282,6 +289,7 @@ export class SandboxManager implements SandboxOperations {
     const failures: { id: SandboxId; error: RookeryError }[] = [];
     const all = [...core.sandboxes.values()].filter(which).map(async (entry) => {
       const signal = new AbortController().signal;
+      void endRevival(entry);
       try {
         await entry.queue.runOwn(() => core.workLimit.run(() => work(entry, signal), signal));
       } catch (cause) {

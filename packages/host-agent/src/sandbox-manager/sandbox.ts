@@ -102,6 +102,13 @@ export interface SandboxOperations {
    * meanwhile aborts `signal`.
    */
   withEnvd<T>(id: SandboxId, use: (target: EnvdTarget, signal: AbortSignal) => Promise<T>): Promise<T>;
+  /**
+   * To be called when a call to envd failed by `guest_error`: finds out whether
+   * envd was started again in its guest, and gives it its identity then. True:
+   * envd serves this sandbox, so a call that did nothing may be made again.
+   * Ends within a bound, and never throws.
+   */
+  reviveGuest(id: SandboxId): Promise<boolean>;
   events: HostEventLog;
 }
 

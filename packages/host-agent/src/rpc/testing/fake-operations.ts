@@ -10,6 +10,8 @@ export interface FakeOperations extends SandboxOperations {
   uses: number;
   vm: AbortController;
   envd: EnvdTarget | undefined;
+  /** What reviving the guest does; nothing unless set. */
+  revive: (() => Promise<boolean>) | undefined;
 }
 
 export function fakeOperations(): FakeOperations {
@@ -29,6 +31,7 @@ export function fakeOperations(): FakeOperations {
     uses: 0,
     vm: new AbortController(),
     envd: undefined,
+    revive: undefined,
     async create(spec, operation) {
       called("create", spec, operation);
       const { id, vcpus, memoryMb, diskMb, lifetime } = spec;
@@ -103,6 +106,10 @@ export function fakeOperations(): FakeOperations {
       } finally {
         this.uses -= 1;
       }
+    },
+    async reviveGuest(id) {
+      called("reviveGuest", id);
+      return this.revive?.() ?? false;
     },
     events: {
       logId: "log-1",
