@@ -43,6 +43,9 @@ const Environment = z.object({
   ROOKERY_HOST_CHECK_LIMIT_MS: ms(10 * SECOND),
   ROOKERY_HOST_SILENT_MS: ms(90 * SECOND),
   ROOKERY_EVENT_LEASE_MS: ms(15 * SECOND),
+  ROOKERY_EVENT_KEEP_MS: ms(7 * DAY),
+  ROOKERY_NEWS_POLL_MS: ms(SECOND),
+  ROOKERY_STREAMS_PER_TEAM: count(100, 100_000),
   ROOKERY_REGISTRATION_TOKEN_MS: ms(3_600 * SECOND),
   ROOKERY_ACCESS_TOKEN_MS: ms(7 * DAY),
   ROOKERY_REFRESH_TOKEN_MS: ms(60 * DAY),
@@ -77,6 +80,7 @@ export function parseConfig(environment: Readonly<Record<string, string | undefi
       destroyMs: env.ROOKERY_DESTROY_MS,
       snapshotMs: env.ROOKERY_SNAPSHOT_MS,
       leaseMs: env.ROOKERY_OPERATION_LEASE_MS,
+      maxStreamsPerTeam: env.ROOKERY_STREAMS_PER_TEAM,
     },
     sweepMs: env.ROOKERY_SWEEP_MS,
     monitor: {
@@ -85,6 +89,8 @@ export function parseConfig(environment: Readonly<Record<string, string | undefi
       silentMs: env.ROOKERY_HOST_SILENT_MS,
     },
     eventLeaseMs: env.ROOKERY_EVENT_LEASE_MS,
+    eventKeepMs: env.ROOKERY_EVENT_KEEP_MS,
+    newsPollMs: env.ROOKERY_NEWS_POLL_MS,
     credentials: {
       registrationMs: env.ROOKERY_REGISTRATION_TOKEN_MS,
       accessMs: env.ROOKERY_ACCESS_TOKEN_MS,

@@ -5,6 +5,7 @@
  */
 import { randomBytes } from "node:crypto";
 import { openDatabase } from "./db/database.ts";
+import { dropOldSandboxEvents } from "./db/sandbox-events.ts";
 import { MIGRATIONS_DIR, isMigrated, readMigrations } from "./db/migrate.ts";
 import type { Config } from "./config.ts";
 import { openCluster } from "./hosts/cluster.ts";
@@ -29,6 +30,10 @@ import type { Services } from "./service/services.ts";
 /** Hosts that one replica checks at once, and rows that one sweep claims. */
 const BATCH = 50;
 const MAX_READ_HOSTS = 5_000;
+/** Old events deleted at once, and at most so often in one round. */
+const RETENTION_BATCH = 1_000;
+const RETENTION_BATCHES = 50;
+const RETENTION_TICK_MS = 10_000;
 const MONITOR_TICK_MS = 1_000;
 /** What another replica revoked or deleted is connected to no longer than this. */
 const CLIENTS_TICK_MS = 5_000;
@@ -66,7 +71,7 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     maxConnections: config.databaseConnections,
     connectTimeoutMs: 10_000,
     statementTimeoutMs: 30_000,
-    onError: (cause) => log.warn({ err: cause }, "an idle connection to the database broke"),
+    onError: (cause, words) => log.warn({ err: cause }, words),
   });
   const migrations = await readMigrations(MIGRATIONS_DIR);
   const { clock = systemClock, openTransport, client } = seams;
@@ -114,7 +119,7 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
 }
 
 function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" | "log">, replica: string) {
-  const { clock, log } = deps;
+  const { db, clock, log } = deps;
   const ending = new AbortController();
   const { signal } = ending;
   const { leaseMs } = config.services;
@@ -132,6 +137,13 @@ function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" |
     againMs: Math.min(1_000, config.eventLeaseMs),
   });
   const loops: Loop[] = [];
+  let listening: Promise<void> | undefined;
+  const dropOldEvents = async (): Promise<void> => {
+    for (let batches = 0; batches < RETENTION_BATCHES && !signal.aborted; batches++) {
+      const dropped = await dropOldSandboxEvents(db, { keepMs: config.eventKeepMs, limit: RETENTION_BATCH });
+      if (dropped < RETENTION_BATCH) return;
+    }
+  };
   const start = (name: string, everyMs: number, round: () => Promise<unknown>): void => {
     loops.push(
       startLoop({ name, everyMs, clock, log, signal }, async () => {
@@ -144,6 +156,9 @@ function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" |
       start("monitor", Math.min(MONITOR_TICK_MS, config.monitor.everyMs), () => monitor.round(signal));
       start("sweep", config.sweepMs, () => sweep.round());
       start("clients", CLIENTS_TICK_MS, () => retireClients(deps));
+      start("news", config.newsPollMs, () => db.news.poll());
+      start("retention", RETENTION_TICK_MS, dropOldEvents);
+      listening = db.news.listen(clock, signal);
       start("events", Math.ceil(config.eventLeaseMs / 3), () => reader.round());
     },
     wake: () => {
@@ -151,7 +166,7 @@ function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" |
     },
     stop: async () => {
       ending.abort();
-      await Promise.all(loops.map(({ done }) => done));
+      await Promise.all([listening, ...loops.map(({ done }) => done)]);
       if (loops.length > 0) await reader.close();
     },
   };

@@ -20,6 +20,7 @@ import { acceptJson } from "./json-body.ts";
 import { describeApi } from "./openapi.ts";
 import { CONTENT_POLICY, servePages, sourceAssets } from "./pages.ts";
 import { observeRequests } from "./request-log.ts";
+import { eventRoutes } from "./routes/events.ts";
 import { execRoutes } from "./routes/exec.ts";
 import { readFileRoute, writeFileRoute } from "./routes/files.ts";
 import { hostLifeRoutes } from "./routes/host-life.ts";
@@ -53,7 +54,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
     strictTransportSecurity: false,
   });
   refuseMalformedRequests(app);
-  refuseWhenClosing(app);
+  const closing = refuseWhenClosing(app);
   acceptJson(app, limits);
   await authenticateRequests(app, services, limits);
   await describeApi(app, options.version);
@@ -67,6 +68,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
     await hostRoutes(scope, services);
     await hostLifeRoutes(scope, services);
     await hostAgentRoutes(scope, services);
+    await eventRoutes(scope, { services, limits, closing });
     await operationRoutes(scope, services, registry);
   });
   await app.register((scope: Api) => writeFileRoute(scope, services, limits));
@@ -120,12 +122,12 @@ function refuseMalformedRequests(app: Api): void {
   });
 }
 
-function refuseWhenClosing(app: Api): void {
-  let isClosing = false;
-  app.addHook("preClose", async () => {
-    isClosing = true;
-  });
+/** Aborts when the server begins to close: streams end then, requests are finished. */
+function refuseWhenClosing(app: Api): AbortSignal {
+  const closing = new AbortController();
+  app.addHook("preClose", async () => closing.abort());
   app.addHook("onRequest", async () => {
-    if (isClosing) throw new RookeryError("unavailable", "this server is shutting down");
+    if (closing.signal.aborted) throw new RookeryError("unavailable", "this server is shutting down");
   });
+  return closing.signal;
 }

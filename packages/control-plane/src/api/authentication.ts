@@ -22,13 +22,18 @@ export async function authenticateRequests(app: Api, services: Services, limits:
   app.addHook("onRequest", async (request) => {
     const access = request.routeOptions.config.access;
     if (access !== "key" && access !== "platform") return;
-    const caller = await services.authenticate(keyOf(request));
+    const caller = await authenticate(services, request);
     request.caller = caller;
     await spend(request);
     if (access === "platform" && caller.role !== "platform") {
       throw new RookeryError("forbidden", "this call needs a platform key");
     }
   });
+}
+
+/** Who holds the key that came with it, as things stand now. */
+export function authenticate(services: Services, request: FastifyRequest): Promise<Caller> {
+  return services.authenticate(keyOf(request));
 }
 
 /** Only on routes whose access is `key` or `platform`. */

@@ -23,6 +23,10 @@ export interface ApiLimits {
   bodyTimeoutMs: number;
   /** How long an upload may bring nothing while we wait for it. */
   uploadStallMs: number;
+  /** A stream of events that has nothing to say says so. */
+  heartbeatMs: number;
+  /** How long the reader of a stream may take nothing. */
+  streamStallMs: number;
   /** An idle connection is closed after this. */
   keepAliveTimeoutMs: number;
   connections: number;
@@ -37,6 +41,8 @@ export const DEFAULT_LIMITS: ApiLimits = {
   headersTimeoutMs: 15_000,
   bodyTimeoutMs: 30_000,
   uploadStallMs: 60_000,
+  heartbeatMs: 15_000,
+  streamStallMs: 30_000,
   keepAliveTimeoutMs: 75_000,
   connections: 10_000,
   requestsPerMinute: 60_000,

@@ -30,6 +30,7 @@ export async function describeApi(app: Api, version: string): Promise<void> {
       servers: [{ url: "/" }],
       tags: [
         "sandboxes",
+        "events",
         "commands and files",
         "snapshots and templates",
         "teams and keys",

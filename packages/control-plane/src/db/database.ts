@@ -5,13 +5,17 @@
  * int8 comes as bigint; times are Dates of whole milliseconds.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import { Kysely, PostgresDialect, type Transaction } from "kysely";
+import { Kysely, PostgresDialect, sql } from "kysely";
 import { DatabaseError, Pool, TypeOverrides } from "pg";
+import type { TeamId } from "../model/ids.ts";
+import { lastEventsOf } from "./sandbox-events.ts";
 import type { DB } from "./schema.ts";
+import { TeamNews } from "./team-news.ts";
 
-export type Database = Kysely<DB>;
+/** Who changed the events of a team says so to `news`, after the commit. */
+export type Database = Kysely<DB> & { news: TeamNews };
 /** A query function takes either: it never begins a transaction of its own unless its name says so. */
-export type Queryable = Database | Transaction<DB>;
+export type Queryable = Kysely<DB> & { news?: TeamNews };
 
 export interface OpenDatabase {
   db: Database;
@@ -30,8 +34,8 @@ export interface DatabaseOptions {
   maxConnections: number;
   connectTimeoutMs: number;
   statementTimeoutMs: number;
-  /** An idle connection that broke: logged, never fatal. */
-  onError: (cause: unknown) => void;
+  /** An idle connection that broke, news that was not told: logged, never fatal. */
+  onError: (cause: unknown, words: string) => void;
 }
 
 export function openDatabase(options: DatabaseOptions): OpenDatabase {
@@ -44,16 +48,31 @@ export function openDatabase(options: DatabaseOptions): OpenDatabase {
     application_name: "rookery-control-plane",
     types,
   });
-  pool.on("error", options.onError);
+  pool.on("error", (cause) => options.onError(cause, "an idle connection to the database broke"));
   // A client that is being closed has left the pool's care, and its last error would be nobody's.
   pool.on("connect", (client) => client.on("error", () => undefined));
-  const db = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
+  const queries = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
+  const news = new TeamNews({
+    url: options.url,
+    notify: async (channel, payload) => {
+      await sql`select pg_notify(${channel}, ${payload})`.execute(queries);
+    },
+    lastEvents: (teamIds) => lastEventsOf(queries, teamIds),
+    onError: options.onError,
+  });
+  const db: Database = Object.assign(queries, { news });
   const close = async (): Promise<void> => {
+    await news.settled();
     await db.destroy();
     // Kysely leaves a pool alone that it never asked.
     if (!pool.ended) await pool.end();
   };
   return { db, pool, close };
+}
+
+/** For statements of their own, which have committed. Whoever has a transaction tells by himself, after it. */
+export function tellNews(db: Queryable, teamId: TeamId | undefined): void {
+  if (teamId !== undefined && !db.isTransaction) db.news?.tell(teamId);
 }
 
 /** Constraint that an insert or update broke, if that is what `cause` says. */

@@ -26,14 +26,12 @@ export const MIGRATIONS_DIR = path.join(import.meta.dirname, "migrations");
 export async function readMigrations(directory: string): Promise<Migration[]> {
   const files = (await readdir(directory)).filter((file) => file.endsWith(".sql")).sort();
   return Promise.all(
-    files.map(async (file, index) => {
+    files.map(async (file) => {
       const match = /^(\d{4})_([a-z0-9_]+)\.sql$/.exec(file);
-      if (!match || Number(match[1]) !== index + 1) {
-        throw new Error(`migration ${file} is not number ${index + 1} of NNNN_name.sql`);
-      }
+      if (!match) throw new Error(`migration ${file} is not named NNNN_name.sql`);
       const sql = await readFile(path.join(directory, file), "utf8");
       return {
-        number: index + 1,
+        number: Number(match[1]),
         name: match[2] ?? "",
         sql,
         checksum: createHash("sha256").update(sql).digest("hex"),

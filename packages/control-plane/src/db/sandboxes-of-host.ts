@@ -5,13 +5,18 @@ import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal, nextStatus } from "../model/sandbox-state.ts";
 import { SANDBOX_STATUSES } from "../model/sandbox.ts";
 import type { Queryable } from "./database.ts";
+import { HOST_SILENT } from "./sandboxes.ts";
 
 /** The host went silent: all its running sandboxes are `missing`, until it returns. */
 export async function loseSandboxesOfHost(db: Queryable, hostId: HostId): Promise<number> {
   assert.equal(nextStatus("running", "hostLost"), "missing");
   const { numUpdatedRows } = await db
     .updateTable("sandboxes")
-    .set((eb) => ({ status: "missing", generation: eb("generation", "+", 1n) }))
+    .set((eb) => ({
+      status: "missing",
+      status_reason: HOST_SILENT,
+      generation: eb("generation", "+", 1n),
+    }))
     .where("host_id", "=", hostId)
     .where("status", "=", "running")
     .executeTakeFirst();
@@ -32,6 +37,7 @@ export async function stopSandboxesOfHost(
     .updateTable("sandboxes")
     .set((eb) => ({
       status: "stopped",
+      status_reason: "host_deleted",
       generation: eb("generation", "+", 1n),
       operation_deadline: null,
       expires_at: null,

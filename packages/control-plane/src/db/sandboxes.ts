@@ -13,7 +13,7 @@ import { type Selectable, sql } from "kysely";
 import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
 import type { Lifetime, Sandbox, SandboxStatus, SandboxSummary } from "../model/sandbox.ts";
-import type { Queryable } from "./database.ts";
+import { type Queryable, tellNews } from "./database.ts";
 import type { HostEndpoint } from "./hosts.ts";
 import { claimed } from "./claimed.ts";
 import { interval } from "./interval.ts";
@@ -102,6 +102,7 @@ export async function insertSandbox(
       ${JSON.stringify(input.metadata)}::jsonb
       from admitted
     returning *`.execute(db);
+  tellNews(db, rows[0]?.team_id);
   return rows[0] && toSandbox(rows[0]);
 }
 
@@ -114,6 +115,9 @@ function hostThatTakesMore(id: HostId) {
     where id = ${id} and status = 'online' and not draining and deleted_at is null for share`;
 }
 
+/** Why a sandbox is `missing`: its host went silent. */
+export const HOST_SILENT = "host_silent";
+
 /** What may change along with a status. What is absent stays; `error` is cleared unless given. */
 export interface MovePatch {
   /** Needed for a status of work: from now, by the database's clock. */
@@ -125,6 +129,8 @@ export interface MovePatch {
   /** What its host says that it was last told; a status of work sets it by itself. */
   commandGeneration?: bigint;
   error?: { code: string; message: string } | undefined;
+  /** Why, where it was not asked for: for its event. */
+  reason?: string | undefined;
 }
 
 /**
@@ -152,6 +158,7 @@ export async function moveSandbox(
         operation_deadline: deadlineMs === undefined ? null : sql<Date>`now() + ${interval(deadlineMs)}`,
         error_code: error?.code ?? null,
         error_message: error?.message ?? null,
+        status_reason: patch.reason ?? null,
         ...(commandGeneration !== undefined && { command_generation: commandGeneration }),
         ...(hostId !== undefined && { host_id: hostId }),
         ...(startedAt && { started_at: sql<Date>`coalesce(started_at, ${startedAt})` }),
@@ -180,6 +187,7 @@ export async function moveSandbox(
   // So only the beginning of work waits for the disk.
   if (!isWork(status)) query = query.select(sql`set_config('synchronous_commit', 'off', true)`.as("commit"));
   const row = await query.executeTakeFirst();
+  tellNews(db, row?.team_id);
   return row && toSandbox(row);
 }
 

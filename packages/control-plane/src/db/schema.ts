@@ -123,12 +123,26 @@ export interface Sandboxes {
   snapshot_id: SnapshotId | null;
   started_at: Timestamp | null;
   status: SandboxStatus;
+  status_reason: string | null;
   team_id: TeamId;
   template: string;
   timeout_mode: "idle" | "absolute";
   timeout_sec: number;
   token_version: Generated<number>;
   vcpus: number;
+}
+
+export interface SandboxEvents {
+  created_at: Generated<Timestamp>;
+  error_code: string | null;
+  error_message: string | null;
+  host_id: HostId | null;
+  number: bigint;
+  previous_status: SandboxStatus | null;
+  reason: string | null;
+  sandbox_id: SandboxId;
+  status: SandboxStatus;
+  team_id: TeamId;
 }
 
 export interface Snapshots {
@@ -148,6 +162,7 @@ export interface Snapshots {
 export interface Teams {
   created_at: Generated<Timestamp>;
   id: TeamId;
+  last_event: Generated<bigint>;
   live_sandboxes: Generated<number>;
   max_sandboxes: number | null;
   name: string;
@@ -170,6 +185,7 @@ export interface DB {
   host_sandbox_digests: HostSandboxDigests;
   hosts: Hosts;
   idempotency_keys: IdempotencyKeys;
+  sandbox_events: SandboxEvents;
   sandboxes: Sandboxes;
   snapshots: Snapshots;
   teams: Teams;

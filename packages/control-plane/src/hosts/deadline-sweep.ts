@@ -11,6 +11,7 @@ import pLimit, { type LimitFunction } from "p-limit";
 import { findHostEndpoint } from "../db/hosts.ts";
 import { dropExpiredIdempotencyKeys } from "../db/idempotency.ts";
 import {
+  HOST_SILENT,
   type SandboxSummaryRecord,
   claimOverdueSandboxes,
   extendDeadline,
@@ -100,7 +101,7 @@ export class DeadlineSweep {
   async #settleSilent(row: SandboxSummaryRecord): Promise<void> {
     const { db } = this.#deps;
     if (row.status === "stopping") await extendDeadline(db, row, this.#options.silentAgainMs);
-    else await moveSandbox(db, row, "hostLost");
+    else await moveSandbox(db, row, "hostLost", { reason: HOST_SILENT });
   }
 
   async #forget(row: SnapshotRecord): Promise<void> {

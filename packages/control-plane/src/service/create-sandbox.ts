@@ -7,7 +7,7 @@
  * row and to the caller.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import type { Queryable } from "../db/database.ts";
+import { type Queryable, tellNews } from "../db/database.ts";
 import { type HostRecord, schedulableHosts } from "../db/hosts.ts";
 import { type SandboxRecord, findSandboxes, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
 import { teamQuota } from "../db/teams.ts";
@@ -96,6 +96,7 @@ async function insert(
         return inserted;
       })
     : insertInto(deps.db, deps, order, hostId));
+  if (row && held) tellNews(deps.db, row.teamId);
   if (row) return row;
   const { maxSandboxesPerTeam } = deps.options;
   const quota = await teamQuota(deps.db, order.teamId);

@@ -27,6 +27,8 @@ export interface ServiceOptions {
   idempotencyKeepMs: number;
   /** How long a call waits for another one with the same key. */
   idempotencyWaitMs: number;
+  /** Streams of events that a team may have open, on each replica. */
+  maxStreamsPerTeam: number;
 }
 
 export const SERVICE_DEFAULTS: ServiceOptions = {
@@ -44,6 +46,7 @@ export const SERVICE_DEFAULTS: ServiceOptions = {
   idempotencyLeaseMs: 15_000,
   idempotencyKeepMs: 24 * 3_600_000,
   idempotencyWaitMs: 240_000,
+  maxStreamsPerTeam: 100,
 };
 
 export interface Deps extends HostDeps {

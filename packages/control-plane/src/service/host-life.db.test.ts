@@ -1,5 +1,6 @@
 /** The rules of a host's life, and who wins when two go for it at once. */
 import assert from "node:assert/strict";
+import type { Queryable } from "../db/database.ts";
 import { RookeryError } from "@rookery/protocol/errors";
 import { beforeEach, expect, test } from "vitest";
 import { changeHost, deleteHost, revokeHost } from "../db/host-end.ts";
@@ -50,7 +51,7 @@ const beat = (who = host) =>
     eventLogId: who.agent.logId,
     lastEventNumber: 0n,
   });
-const insertOn = (db: TestPlane["deps"]["db"], hostId: HostId) =>
+const insertOn = (db: Queryable, hostId: HostId) =>
   insertSandbox(
     db,
     {

@@ -11,6 +11,7 @@ import { createSandbox } from "./create-sandbox.ts";
 import type { Deps } from "./deps.ts";
 import { destroySandbox } from "./destroy-sandbox.ts";
 import { demandPlatform } from "./errors.ts";
+import { EventStreams } from "./event-streams.ts";
 import { GuestCalls } from "./guest-calls.ts";
 import * as hostLife from "./host-life.ts";
 import * as hosts from "./hosts.ts";
@@ -24,6 +25,7 @@ export function openServices(deps: Deps): Services {
   const { db } = deps;
   const keys = new Authenticator(deps);
   const guests = new GuestCalls(deps);
+  const events = new EventStreams(deps);
   return translated({
     authenticate: (presented) => keys.authenticate(presented),
     checkReady: async () => {
@@ -41,6 +43,8 @@ export function openServices(deps: Deps): Services {
     resumeSandbox: (caller, id) => resumeSandbox(deps, caller, id),
     destroySandbox: (caller, id) => destroySandbox(deps, caller, id),
     pingSandbox: (caller, id) => guests.pingSandbox(caller, id),
+    listSandboxEvents: (caller, id, page) => events.list(caller, id, page),
+    followEvents: (caller, input, signal) => events.follow(caller, input, signal),
     exec: (caller, id, input, signal) => guests.exec(caller, id, input, signal),
     writeFile: (caller, id, path, content, signal) => guests.writeFile(caller, id, path, content, signal),
     readFile: (caller, id, path, signal) => guests.readFile(caller, id, path, signal),

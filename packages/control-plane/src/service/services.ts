@@ -70,6 +70,32 @@ export interface ExecResult {
   durationMs: number;
 }
 
+/** One change of a sandbox's status. */
+export interface SandboxEvent {
+  /** Counts the team's events, without gaps. */
+  number: bigint;
+  sandboxId: SandboxId;
+  /** Absent: it came into being. */
+  previousStatus?: SandboxStatus;
+  status: SandboxStatus;
+  /** Why, where nobody asked for it. */
+  reason?: string;
+  error?: { code: string; message: string };
+  hostId?: HostId;
+  createdAt: Date;
+}
+
+export interface FollowEventsInput {
+  sandboxId?: SandboxId;
+  /** The last event that was read; absent: a sandbox's from the oldest on, a team's from now on. */
+  after?: bigint;
+}
+
+export type FollowedEvent =
+  | { kind: "event"; event: SandboxEvent }
+  /** Events were lost to the reader: too old to be kept, or of another database. It goes on after `after`. */
+  | { kind: "reset"; after: bigint };
+
 export interface Snapshot {
   id: SnapshotId;
   name: string;
@@ -222,6 +248,23 @@ export interface Services {
   resumeSandbox(caller: Caller, id: SandboxId): Promise<Sandbox>;
   destroySandbox(caller: Caller, id: SandboxId): Promise<void>;
   pingSandbox(caller: Caller, id: SandboxId): Promise<void>;
+
+  /** Newest first. */
+  listSandboxEvents(
+    caller: Caller,
+    id: SandboxId,
+    input: { limit: number; cursor?: string },
+  ): Promise<Page<SandboxEvent>>;
+  /**
+   * Events of the caller's team, or of one sandbox of it, as they happen, until
+   * `signal` aborts: it frees what the stream holds, so whoever opened it aborts it
+   * in the end. Undefined: that sandbox has ended, and all of it has been read.
+   */
+  followEvents(
+    caller: Caller,
+    input: FollowEventsInput,
+    signal: AbortSignal,
+  ): Promise<AsyncIterable<FollowedEvent> | undefined>;
 
   exec(caller: Caller, id: SandboxId, input: ExecInput, signal: AbortSignal): Promise<ExecResult>;
   writeFile(

@@ -24,7 +24,6 @@ export type { SandboxManager } from "./sandbox-manager.ts";
 export async function openSandboxManager(deps: Deps): Promise<SandboxManager> {
   const { manager } = await openCore(deps);
   manager.warmPool();
-  manager.startUploads();
   return manager;
 }
 

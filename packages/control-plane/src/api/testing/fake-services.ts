@@ -5,6 +5,7 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import { randomBytes } from "node:crypto";
+import { once } from "node:events";
 import type { ApiKeyId, HostId, SandboxId, SnapshotId, TeamId } from "../../model/ids.ts";
 import { type PageInput, page } from "./fake-pages.ts";
 import { isFinal } from "../../model/sandbox-state.ts";
@@ -16,9 +17,12 @@ import type {
   Creation,
   ExecInput,
   ExecResult,
+  FollowedEvent,
+  FollowEventsInput,
   Host,
   Page,
   Role,
+  SandboxEvent,
   Services,
   Snapshot,
   Team,
@@ -55,6 +59,11 @@ export class FakeServices implements Services {
     const caller = this.#callers.get(presented.replace(/^e2b_/, "rk_"));
     if (caller === undefined) throw new RookeryError("unauthenticated", "this API key is not known");
     return caller;
+  }
+
+  /** As when another replica deleted it. */
+  revoke(key: string): void {
+    this.#callers.delete(key);
   }
 
   async checkReady(): Promise<void> {
@@ -130,6 +139,40 @@ export class FakeServices implements Services {
   ): Promise<Sandbox> {
     const given = Object.fromEntries(Object.entries(input).filter(([, value]) => value !== undefined));
     return Object.assign(await this.getSandbox(caller, id), given);
+  }
+
+  /** Of every sandbox; the test sets them. `followEvents` gives these, then `endless` ones, or waits for its end. */
+  events: FollowedEvent[] = [];
+  endless: (() => FollowedEvent) | undefined;
+  /** Streams that are open. */
+  following = 0;
+
+  async listSandboxEvents(
+    caller: Caller,
+    id: SandboxId,
+    input: { limit: number; cursor?: string },
+  ): Promise<Page<SandboxEvent>> {
+    await this.getSandbox(caller, id);
+    const events = this.events.flatMap((item) => (item.kind === "event" ? [item.event] : []));
+    return { items: events.slice(0, input.limit) };
+  }
+
+  async followEvents(
+    caller: Caller,
+    { sandboxId, after = 0n }: FollowEventsInput,
+    signal: AbortSignal,
+  ): Promise<AsyncIterable<FollowedEvent> | undefined> {
+    const sandbox = sandboxId && (await this.getSandbox(caller, sandboxId));
+    const events = this.events.filter((item) => item.kind === "reset" || item.event.number > after);
+    if (sandbox?.status === "stopped" && events.length === 0) return undefined;
+    const { endless } = this;
+    this.following++;
+    signal.addEventListener("abort", () => this.following--, { once: true });
+    return (async function* () {
+      yield* events;
+      while (endless && !signal.aborted) yield endless();
+      if (!signal.aborted) await once(signal, "abort");
+    })();
   }
 
   pauseSandbox(caller: Caller, id: SandboxId): Promise<Sandbox> {

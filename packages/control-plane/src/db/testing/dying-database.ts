@@ -14,7 +14,7 @@ export class DyingDatabase implements KyselyPlugin {
   /** The statement after `statements` others is not executed any more. */
   constructor(db: Database, statements: number) {
     this.#left = statements;
-    this.db = db.withPlugin(this);
+    this.db = Object.assign(db.withPlugin(this), { news: db.news });
   }
 
   kill(): void {

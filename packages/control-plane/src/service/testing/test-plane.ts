@@ -4,7 +4,8 @@
  */
 import { randomBytes } from "node:crypto";
 import { afterAll } from "vitest";
-import { useTestDatabase } from "../../db/testing/test-database.ts";
+import type { OpenDatabase } from "../../db/database.ts";
+import { openTestDatabase, useTestDatabase } from "../../db/testing/test-database.ts";
 import { insertTeam } from "../../db/teams.ts";
 import { openCluster } from "../../hosts/cluster.ts";
 import { HostCredentials } from "../../hosts/credentials.ts";
@@ -32,6 +33,8 @@ export interface TestPlane {
   deps: Deps;
   services: Services;
   log: LogLine[];
+  /** The same database, as another replica has it. */
+  openAnother(): OpenDatabase;
   newCaller(role?: Caller["role"]): Promise<Caller>;
   /** A registered shared host and the agent behind it. */
   newHost(): Promise<TestHost>;
@@ -114,6 +117,7 @@ export function useTestPlane(options: Partial<ServiceOptions> = {}): () => Promi
       deps,
       services,
       log: lines,
+      openAnother: () => openTestDatabase(database.url),
       newCaller,
       newHost: async () => {
         const agent = await new FakeAgent().listen();
