@@ -9,6 +9,9 @@ import { defineConfig } from "vitest/config";
 
 export default defineConfig({
   test: {
+    // Ending a product or a server takes longer than the default of 10 s on a busy
+    // machine, and what is cut off there is left behind without a word.
+    teardownTimeout: 120_000,
     projects: [
       {
         test: {

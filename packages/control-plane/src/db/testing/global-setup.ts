@@ -61,8 +61,9 @@ async function removeLeftovers(): Promise<void> {
     if (!name.startsWith(PREFIX)) continue;
     const root = path.join(tmpdir(), name);
     if ((await postgresPid(path.join(root, "home"))) !== undefined) continue;
-    // Another run may be about to start its server there.
-    const { mtimeMs } = await stat(root);
-    if (Date.now() - mtimeMs > 600_000) await rm(root, { recursive: true, force: true });
+    // Another run may be about to start its server there, or to remove it.
+    const found = await stat(root).catch(() => undefined);
+    if (found !== undefined && Date.now() - found.mtimeMs > 600_000)
+      await rm(root, { recursive: true, force: true });
   }
 }
