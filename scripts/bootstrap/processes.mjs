@@ -4,13 +4,15 @@
  * to another program is never signalled.
  */
 import { spawn } from "node:child_process";
-import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { setTimeout as delay } from "node:timers/promises";
 import { StepError } from "./run.mjs";
 
 /** What stands in the command line of each. */
 const MARKS = { agent: "rookery-agent", "control-plane": "control-plane", postgres: "postgres" };
+
+const MAX_LOG_BYTES = 32 << 20;
 
 /** @param {keyof typeof MARKS} name */
 export function livePid(paths, name) {
@@ -40,7 +42,9 @@ function isMarked(pid, mark) {
  * @param {{argv: string[], env: NodeJS.ProcessEnv, cwd?: string, uid?: number}} options
  */
 export function startDetached(paths, name, { argv, env, cwd, uid }) {
-  const log = openSync(join(paths.logDir, `${name}.log`), "a", 0o600);
+  const logFile = join(paths.logDir, `${name}.log`);
+  keepLogSmall(logFile);
+  const log = openSync(logFile, "a", 0o600);
   try {
     const child = spawn(argv[0], argv.slice(1), {
       cwd,
@@ -56,6 +60,12 @@ export function startDetached(paths, name, { argv, env, cwd, uid }) {
   } finally {
     closeSync(log);
   }
+}
+
+/** What a former process wrote is kept once, when it is long, so that logs take a bounded part of the disk. */
+export function keepLogSmall(file, maxBytes = MAX_LOG_BYTES) {
+  const size = statSync(file, { throwIfNoEntry: false })?.size ?? 0;
+  if (size > maxBytes) renameSync(file, `${file}.1`);
 }
 
 /** Ends a process that is ours: SIGTERM, and SIGKILL when `graceMs` have passed. */
