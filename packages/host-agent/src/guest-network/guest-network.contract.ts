@@ -72,7 +72,7 @@ export function guestNetworkContract(
       await Promise.all(leases.map((lease) => driver.up(lease, signal)));
       const owned = await driver.listOwnedSlots(signal);
       assert(owned.length === 0 || owned.join() === "7,8,9", owned.join());
-      await Promise.all(leases.map((lease) => driver.down(lease, signal)));
+      await Promise.all(leases.map(({ slot }) => driver.downSlot(slot, signal)));
       assert.deepEqual(await driver.listOwnedSlots(signal), []);
     });
   });

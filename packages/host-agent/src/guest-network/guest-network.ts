@@ -63,6 +63,8 @@ export interface GuestNetworkDriver {
   up(lease: NetworkLease, signal: AbortSignal): Promise<void>;
   /** Removes it. Bears running twice, and after a half-done `up`. */
   down(lease: NetworkLease, signal: AbortSignal): Promise<void>;
+  /** The same for a slot without a lease, whatever number `listOwnedSlots` found: a former agent may have had more of them. */
+  downSlot(slot: Slot, signal: AbortSignal): Promise<void>;
   /** Slots of which something with our mark exists on this host: for recovery. */
   listOwnedSlots(signal: AbortSignal): Promise<Slot[]>;
 }

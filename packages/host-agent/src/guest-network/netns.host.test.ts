@@ -10,7 +10,7 @@ import type { Slot } from "../ids.ts";
 import { guestNetworkContract } from "./guest-network.contract.ts";
 import type { NetworkLease } from "./guest-network.ts";
 import { NetnsNetworks } from "./netns.ts";
-import { addressesOfGuest, isInstanceTag, slotName, slotNetworks, uidOfSlot } from "./slots.ts";
+import { addressesOfGuest, isInstanceTag, MAX_SLOTS, slotName, slotNetworks, uidOfSlot } from "./slots.ts";
 import type { InstanceTag } from "./slots.ts";
 import { batch, placeGuest, placeInternet } from "./testing/fake-guest.ts";
 import type { Standin } from "./testing/fake-guest.ts";
@@ -241,6 +241,16 @@ describe("a namespace", () => {
       await driver.down(plan(), signal);
       assert.deepEqual(await driver.listOwnedSlots(signal), []);
     }
+  });
+
+  test("of a number that this agent does not have, left by one that had more, goes too", async () => {
+    const left = (MAX_SLOTS - 1) as Slot;
+    assert.throws(() => driver.plan(left, 0), /there are/);
+    await run(["ip", "netns", "add", slotName(tag, left)]);
+    assert.deepEqual(await driver.listOwnedSlots(signal), [left]);
+    await driver.downSlot(left, signal);
+    await driver.downSlot(left, signal);
+    assert.deepEqual(await driver.listOwnedSlots(signal), []);
   });
 
   test("whose making is cut off at any moment goes without a trace", async () => {

@@ -140,7 +140,12 @@ export class NetnsNetworks implements GuestNetworkDriver {
   }
 
   async down(lease: NetworkLease, signal: AbortSignal): Promise<void> {
-    const name = this.#nameOf(lease);
+    this.#nameOf(lease); // or it is not ours
+    await this.downSlot(lease.slot, signal);
+  }
+
+  async downSlot(slot: Slot, signal: AbortSignal): Promise<void> {
+    const name = slotName(this.#tag, slot);
     const [hasLink, hasNamespace] = await Promise.all([
       exists(`/sys/class/net/${name}`),
       exists(`${NETNS_DIR}/${name}`),

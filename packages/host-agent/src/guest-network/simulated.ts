@@ -36,6 +36,10 @@ export function openSimulatedNetwork(dir: string, trouble: (effect: string) => v
       trouble("network.down");
       await rm(join(dir, String(slot)), { force: true });
     },
+    async downSlot(slot) {
+      trouble("network.down");
+      await rm(join(dir, String(slot)), { force: true });
+    },
     async listOwnedSlots() {
       return (await readdir(dir)).map((name) => Number(name) as Slot);
     },

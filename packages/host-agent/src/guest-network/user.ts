@@ -102,6 +102,10 @@ export class UserNetworks implements GuestNetworkDriver {
     signal.throwIfAborted();
   }
 
+  async downSlot(_slot: Slot, signal: AbortSignal): Promise<void> {
+    signal.throwIfAborted();
+  }
+
   async listOwnedSlots(signal: AbortSignal): Promise<Slot[]> {
     signal.throwIfAborted();
     return [];

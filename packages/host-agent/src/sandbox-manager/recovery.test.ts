@@ -1,6 +1,7 @@
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import { afterEach, beforeEach, expect, test } from "vitest";
+import type { Slot } from "../ids.ts";
 import type { HostEvent } from "./sandbox.ts";
 import { openCore } from "./index.ts";
 import { destroyEverything, expectNothingLeaked, expectOldIntact } from "./testing/expectations.ts";
@@ -49,6 +50,27 @@ test("an agent that is started again has all its sandboxes", async () => {
     code: "stale_generation",
   });
   expect(await eventsOf(second)).toEqual([]);
+});
+
+test("an agent that is started again with fewer slots adopts what is in the others, and removes what nobody owns", async () => {
+  const first = await start();
+  await prepare("create")(first);
+  await first.manager.create(specOf(NEW), operationOf(NEW, 1));
+  await first.core.deps.network.up(first.core.deps.network.plan(9 as Slot, 0), AbortSignal.timeout(5_000));
+  const machine = openSimulatedMachine(root, { config: { retryIntervalMs: 3_600_000, maxSlots: 1 } });
+  const { network } = machine.deps;
+  const plan: typeof network.plan = (slot, uid) => {
+    if (slot >= 1) throw new Error(`slot ${slot}: there are 1`);
+    return network.plan(slot, uid);
+  };
+  const stage = { machine, ...(await openCore({ ...machine.deps, network: { ...network, plan } })) };
+  opened.push(stage);
+  expect((await stage.manager.list({ limit: 10 })).items).toMatchObject([
+    { id: NEW, phase: "running" },
+    { id: OLD, phase: "running" },
+  ]);
+  expectNothingLeaked(stage);
+  await destroyEverything(stage);
 });
 
 test("after a restart of the host what ran has failed, and what was paused can be resumed", async () => {

@@ -10,7 +10,6 @@ import { join } from "node:path";
 import pLimit from "p-limit";
 import { removeTree } from "../host/atomic-file.ts";
 import { isErrno } from "../host/errno.ts";
-import type { Slot } from "../ids.ts";
 import type { SandboxRecord } from "../journal/records.ts";
 import { SandboxEntry, undoLimit, type Core } from "./core.ts";
 import { settle } from "./settle.ts";
@@ -124,18 +123,13 @@ async function removeUnownedResources(core: Core): Promise<void> {
   for (const slot of await network.listOwnedSlots(limit.signal)) {
     if (core.pool.places.slots.has(slot)) continue;
     logger.warn({ slot }, "removing a network that nobody owns");
-    await network.down(network.plan(slot, uidOf(core, slot)), limit.signal);
+    await network.downSlot(slot, limit.signal);
   }
   for (const root of [config.socketRoot, join(config.dataDir, "vms")]) {
     for (const name of await entriesOf(root)) {
       if (/^vm[a-z0-9]{16}$/.test(name) && !owned.has(name)) await removeTree(join(root, name));
     }
   }
-}
-
-function uidOf(core: Core, slot: Slot): number {
-  const { uidBase } = core.deps.config;
-  return uidBase === undefined ? 0 : uidBase + slot;
 }
 
 async function entriesOf(dir: string): Promise<string[]> {

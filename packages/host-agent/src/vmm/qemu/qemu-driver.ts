@@ -253,7 +253,10 @@ async function adopt(options: AdoptOptions, signal: AbortSignal): Promise<Vm | u
   if (record.kind !== "qemu" || !(await isAlive(identity))) return undefined;
   const facts = qemuRecordSchema.parse(record.driver);
   const streams = await Memfd.openFromProcess(record.pid, facts.state);
-  const memory = await adoptMemory(bases, record.pid, facts);
+  const memory = await adoptMemory(bases, record.pid, facts).catch((cause: unknown) => {
+    streams?.[Symbol.dispose]();
+    throw cause;
+  });
   if (streams === undefined || memory === undefined) {
     streams?.[Symbol.dispose]();
     if (memory !== undefined) releaseMemory(memory);
