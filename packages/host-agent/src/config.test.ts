@@ -36,6 +36,27 @@ test("only loopback goes without TLS, and what is dialled may differ from what i
   assert.equal(read(forwarded).tls, true);
 });
 
+test("an object store is a directory or a bucket", () => {
+  assert.equal(read().objectStore, undefined);
+  const directory = read({ ROOKERY_OBJECT_STORE: "dir:/srv/snapshots/" }).objectStore;
+  assert.deepEqual(directory, { kind: "directory", path: "/srv/snapshots" });
+  const bucket = read({
+    ROOKERY_OBJECT_STORE: "s3://bucket-1/some/prefix/",
+    ROOKERY_S3_ENDPOINT: "https://s3.example.org",
+    ROOKERY_S3_REGION: "eu-central-1",
+    ROOKERY_S3_ACCESS_KEY_ID: "id",
+    ROOKERY_S3_SECRET_ACCESS_KEY: "secret",
+  }).objectStore;
+  assert.deepEqual(bucket, {
+    kind: "s3",
+    bucket: "bucket-1",
+    prefix: "some/prefix",
+    region: "eu-central-1",
+    endpoint: "https://s3.example.org",
+    credentials: { accessKeyId: "id", secretAccessKey: "secret", sessionToken: undefined },
+  });
+});
+
 test("two data directories have two names on the host", () => {
   assert.notEqual(read({}, { data: "/a" }).instance, read({}, { data: "/b" }).instance);
 });
@@ -48,6 +69,10 @@ test("what is wrong is named", () => {
   refused({ ROOKERY_SLOTS: "1000" }, /^ROOKERY_SLOTS: must be a power of two/);
   refused({ ROOKERY_VMM: "xen" }, /^ROOKERY_VMM/);
   refused({ ROOKERY_RUNTIME_DIR: "run" }, /^ROOKERY_RUNTIME_DIR: must be an absolute path/);
+  for (const store of ["/srv", "dir:srv", "s3://", "s3://B", "ftp://x/y", "s3://bucket/../x y"]) {
+    refused({ ROOKERY_OBJECT_STORE: store }, /^ROOKERY_OBJECT_STORE: must be dir:/);
+  }
+  refused({ ROOKERY_OBJECT_STORE: "s3://bucket", ROOKERY_S3_ACCESS_KEY_ID: "id" }, /go together/);
   refused({ ROOKERY_RESOLVERS: "1.1.1.1,x" }, /^ROOKERY_RESOLVERS/);
   refused({ ROOKERY_CONTROL_PLANE: "http://10.0.0.1:8080" }, /plain HTTP is for loopback only/);
   refused({ ROOKERY_CONTROL_PLANE: "ftp://x" }, /^ROOKERY_CONTROL_PLANE/);

@@ -68,6 +68,17 @@ const environmentSchema = z.object({
   ROOKERY_DISK_RESERVE_MB: integer(1_024),
   /** Disk for warm images beyond those in use. */
   ROOKERY_WARM_DISK_MB: integer(20_480),
+  /** Where snapshots lie for other hosts: `dir:/path` or `s3://bucket/prefix`; default: nowhere. */
+  ROOKERY_OBJECT_STORE: z.string().max(1_024).transform(parseObjectStore).optional(),
+  /** Of an S3-compatible store that is not AWS. */
+  ROOKERY_S3_ENDPOINT: z.url({ protocol: /^https?$/ }).optional(),
+  ROOKERY_S3_REGION: z.string().min(1).max(64).default("us-east-1"),
+  /** Default: what the SDK finds, such as the machine's role. */
+  ROOKERY_S3_ACCESS_KEY_ID: z.string().min(1).max(256).optional(),
+  ROOKERY_S3_SECRET_ACCESS_KEY: z.string().min(1).max(512).optional(),
+  ROOKERY_S3_SESSION_TOKEN: z.string().min(1).max(8_192).optional(),
+  /** Disk for copies of snapshots that the object store has. */
+  ROOKERY_SNAPSHOT_DISK_MB: integer(20_480),
   /** Resolvers that guests may ask, one or two, comma-separated; default: the host's own where they are public. */
   ROOKERY_RESOLVERS: z
     .string()
@@ -148,6 +159,8 @@ export function readConfig(
     memoryPercent: env.ROOKERY_MEMORY_PERCENT,
     diskReserveBytes: env.ROOKERY_DISK_RESERVE_MB * 1024 * 1024,
     warmDiskBytes: env.ROOKERY_WARM_DISK_MB * 1024 * 1024,
+    objectStore: objectStoreOf(env),
+    snapshotDiskBytes: env.ROOKERY_SNAPSHOT_DISK_MB * 1024 * 1024,
     resolvers: Object.freeze(env.ROOKERY_RESOLVERS),
     intervals: Object.freeze({
       heartbeatMs: env.ROOKERY_HEARTBEAT_MS,
@@ -188,6 +201,50 @@ function driversOf(env: z.output<typeof environmentSchema>) {
     );
   }
   return Object.freeze({ vmm, rootDisk, network });
+}
+
+/** Where `openObjectStore` finds it. It holds a secret: never logged as a whole. */
+export type ObjectStoreSettings =
+  | { kind: "directory"; path: string }
+  | {
+      kind: "s3";
+      bucket: string;
+      prefix: string;
+      region: string;
+      endpoint: string | undefined;
+      credentials:
+        | { accessKeyId: string; secretAccessKey: string; sessionToken: string | undefined }
+        | undefined;
+    };
+
+function parseObjectStore(
+  text: string,
+  context: z.RefinementCtx,
+): { kind: "directory"; path: string } | { kind: "s3"; bucket: string; prefix: string } {
+  const path = /^dir:(\/.*)$/.exec(text)?.[1];
+  if (path !== undefined) return { kind: "directory", path: resolve(path) };
+  const s3 = /^s3:\/\/([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:\/([A-Za-z0-9/._-]*))?$/.exec(text);
+  if (s3 !== null) return { kind: "s3", bucket: s3[1]!, prefix: (s3[2] ?? "").replace(/^\/+|\/+$/g, "") };
+  context.addIssue("must be dir:/absolute/path or s3://bucket/prefix");
+  return z.NEVER;
+}
+
+function objectStoreOf(env: z.output<typeof environmentSchema>): ObjectStoreSettings | undefined {
+  const store = env.ROOKERY_OBJECT_STORE;
+  if (store?.kind !== "s3") return store;
+  const id = env.ROOKERY_S3_ACCESS_KEY_ID;
+  const secret = env.ROOKERY_S3_SECRET_ACCESS_KEY;
+  if ((id === undefined) !== (secret === undefined)) {
+    throw new RookeryError(
+      "invalid_request",
+      "ROOKERY_S3_ACCESS_KEY_ID and ROOKERY_S3_SECRET_ACCESS_KEY go together",
+    );
+  }
+  const credentials =
+    id === undefined || secret === undefined
+      ? undefined
+      : { accessKeyId: id, secretAccessKey: secret, sessionToken: env.ROOKERY_S3_SESSION_TOKEN };
+  return { ...store, region: env.ROOKERY_S3_REGION, endpoint: env.ROOKERY_S3_ENDPOINT, credentials };
 }
 
 /** "127.0.0.1:7071" or "[::1]:7071"; port 0 lets the kernel choose. */

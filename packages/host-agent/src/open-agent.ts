@@ -21,10 +21,14 @@ import type { Machine, MachineOptions } from "./machine.ts";
 import type { RootDiskDriver } from "./root-disk/root-disk.ts";
 import { FAILPOINTS, MANAGER_DEFAULTS, openSandboxManager, systemClock } from "./sandbox-manager/index.ts";
 import type { SandboxManager } from "./sandbox-manager/index.ts";
-import type { Clock } from "./sandbox-manager/clock.ts";
+import { sleep, type Clock } from "./sandbox-manager/clock.ts";
 import { seededRandom } from "./simulated/seeded-random.ts";
 import { openSimulatedHost, refuseSimulatedData } from "./simulated/simulated-host.ts";
 import type { Places } from "./vm-pool/places.ts";
+import { openObjectStore } from "./object-store/open-object-store.ts";
+import type { ObjectStore } from "./object-store/object-store.ts";
+import { compatOf } from "./sandbox-manager/compat.ts";
+import { StoredSnapshots, type SnapshotStoreOptions } from "./snapshot-store/snapshot-store.ts";
 import type { VmmDriver, VmmProbe } from "./vmm/vmm.ts";
 import type { PlaceMaker } from "./warm-images/build-warm-image.ts";
 import { WarmImageStore } from "./warm-images/warm-image-store.ts";
@@ -96,6 +100,15 @@ export async function openAgent({ config, logger, seize, signal, world = {} }: A
     randomBytes: world.randomBytes ?? randomBytes,
     onProgress: ({ image, shape, step, message }) => logger.info({ image, ...shape, step }, message),
   });
+  const compat = (fingerprint: string): string => compatOf({ vmm, rootDisk, network }, fingerprint);
+  const snapshotStore = await openSnapshotStore(config, {
+    warmImages,
+    rootDisk,
+    compatOf: compat,
+    logger,
+    clock,
+  });
+  held.defer(() => snapshotStore?.close());
   try {
     const manager = await openSandboxManager({
       config: {
@@ -110,6 +123,7 @@ export async function openAgent({ config, logger, seize, signal, world = {} }: A
         maxSandboxes: config.maxSandboxes,
         memoryBudgetMb: Math.floor((totalmem() / (1 << 20)) * (config.memoryPercent / 100)),
         diskReserveBytes: config.diskReserveBytes,
+        snapshotCacheBytes: config.snapshotDiskBytes,
         reaperIntervalMs: config.intervals.reaperMs,
         hang: { ...MANAGER_DEFAULTS.hang, intervalMs: config.intervals.hangWatchMs },
       },
@@ -122,6 +136,7 @@ export async function openAgent({ config, logger, seize, signal, world = {} }: A
       network,
       cgroups: machine.cgroups,
       warmImages,
+      snapshotStore: snapshotStore?.snapshots,
       guest: envd,
       failpoints,
     });
@@ -154,6 +169,37 @@ function openMachineOf(config: Config, clock: Clock): (options: MachineOptions) 
     await refuseSimulatedData(dataDir);
     return await openRealMachine(options);
   };
+}
+
+interface SharedSnapshots {
+  store: ObjectStore;
+  snapshots: StoredSnapshots;
+  close(): void;
+}
+
+/** Undefined: none is configured, or this host's disks cannot be shared. */
+async function openSnapshotStore(
+  config: Config,
+  parts: Pick<SnapshotStoreOptions, "warmImages" | "rootDisk" | "compatOf"> & {
+    logger: Logger;
+    clock: Clock;
+  },
+): Promise<SharedSnapshots | undefined> {
+  if (config.objectStore === undefined) return undefined;
+  if (parts.rootDisk.adoptLayer === undefined) {
+    parts.logger.warn({ rootDisk: parts.rootDisk.kind }, "these disks stay on their host: no object store");
+    return undefined;
+  }
+  const store = await openObjectStore(config.objectStore);
+  const snapshots = await StoredSnapshots.open({
+    ...parts,
+    store,
+    dataDir: config.dataDir,
+    imagesDir: config.imagesDir,
+    nowMs: () => parts.clock.nowMs(),
+    sleep: (ms, signal) => sleep(parts.clock, ms, signal),
+  });
+  return { store, snapshots, close: () => store.close() };
 }
 
 function placeMaker(places: Promise<Places>): PlaceMaker {

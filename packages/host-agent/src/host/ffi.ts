@@ -22,6 +22,7 @@ const fn = {
   bind: libc.func("int bind(int fd, void *address, unsigned int length)"),
   listen: libc.func("int listen(int fd, int backlog)"),
   close: libc.func("int close(int fd)"),
+  lseek: libc.func("int64_t lseek(int fd, int64_t offset, int whence)"),
   clockGettime: libc.func("int clock_gettime(int clock, void *time)"),
   // `unsigned long` counts and `ssize_t` results: 64 bits on all our platforms.
   processVmReadv: libc.func(
@@ -71,6 +72,20 @@ const F_GET_SEALS = 1034;
 export function isSealedAgainstChange(fd: number): boolean {
   const wanted = F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW;
   return (checked("fcntl", Number(fn.fcntl(fd, F_GET_SEALS, 0))) & wanted) === wanted;
+}
+
+const SEEK_DATA = 3;
+const SEEK_HOLE = 4;
+
+/** The next run of bytes at or after `from` that is not a hole; undefined: only holes are left. Moves the file's offset. */
+export function nextDataExtent(fd: number, from: number): { start: number; end: number } | undefined {
+  const start = Number(fn.lseek(fd, from, SEEK_DATA));
+  if (start < 0) {
+    const error = systemError("lseek", koffi.errno());
+    if (error.code === "ENXIO") return undefined;
+    throw error;
+  }
+  return { start, end: checked("lseek", Number(fn.lseek(fd, start, SEEK_HOLE))) };
 }
 
 const PROT_READ = 1;

@@ -175,6 +175,12 @@ export const snapshotRecordSchema = z.object({
   chain: z.array(diskLayerSchema).min(1),
   layer: z.object({ pageBytes: z.number(), allocatedBytes: z.number() }),
   sizeBytes: z.number().int().nonnegative(),
+  /** What a host must have to load it: see sandbox-manager/compat.ts. Absent in records of older agents. */
+  compat: z.string().optional(),
+  /** Object store that it lies in, as a whole; absent: not sent yet. */
+  storeId: z.string().optional(),
+  /** It came from the object store, so this host's copy may go; `bytes` is what that would free. */
+  imported: z.object({ atMs: epochMs, bytes: z.number().int().nonnegative() }).optional(),
 });
 export type SnapshotRecord = z.output<typeof snapshotRecordSchema>;
 

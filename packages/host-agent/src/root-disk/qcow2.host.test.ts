@@ -1,5 +1,5 @@
 import { strict as assert } from "node:assert";
-import { lstat, mkdir, open, readdir, readFile, rmdir, symlink, writeFile } from "node:fs/promises";
+import { copyFile, lstat, mkdir, open, readdir, readFile, rmdir, symlink, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { describe, test } from "vitest";
 import { run } from "../host/run.ts";
@@ -255,6 +255,67 @@ describe("a VMM that was broken into", () => {
     await driver.prepareNextTop(disk, undefined, never);
     const options = { layerId: LAYER, layersDir: world.layersDir };
     await assert.rejects(driver.commitNextTop(disk, options, never), /incompatible features 0x4/);
+  });
+});
+
+describe("a layer that another host wrote", () => {
+  test("reads on this host as it did there, and is taken in once", async () => {
+    await using there = await makeDiskWorld();
+    await using here = await makeDiskWorld();
+    const driver = new Qcow2RootDisks();
+    const theirs = await driver.create(
+      { dir: join(there.root, "disk"), chain: there.chain, sizeBytes: IMAGE_BYTES },
+      never,
+    );
+    const writer = await there.user("writer");
+    await fill(await driver.attach(theirs, writer, never), writer, { mib: 1, byte: 0x22 });
+    await driver.detach(theirs, writer, never);
+    await driver.prepareNextTop(theirs, undefined, never);
+    const { chain } = await driver.commitNextTop(
+      theirs,
+      { layerId: LAYER, layersDir: there.layersDir },
+      never,
+    );
+
+    const file = join(here.root, "fetched");
+    const options = { file, layerId: LAYER, layersDir: here.layersDir, below: here.chain };
+    for (let time = 1; time <= 2; time += 1) {
+      await copyFile(chain[1]!.path, file);
+      const layer = await driver.adoptLayer(options, never);
+      assert.equal(layer.path, join(here.layersDir, LAYER, "disk.qcow2"));
+      assert.equal((await lstat(layer.path)).mode & 0o777, 0o444);
+    }
+    const user = await here.user("reader");
+    const disk = await driver.create(
+      {
+        dir: join(here.root, "disk"),
+        chain: [...here.chain, await driver.adoptLayer(options, never)],
+        sizeBytes: IMAGE_BYTES,
+      },
+      never,
+    );
+    const attached = await driver.attach(disk, user, never);
+    await expectFills(attached, user, { mib: 0, byte: 0x11 }, { mib: 1, byte: 0x22 }, { mib: 2, byte: 0 });
+  });
+
+  test("is refused when its header names another file, and nothing has read it", async () => {
+    await using world = await makeDiskWorld();
+    const driver = new Qcow2RootDisks();
+    const secret = join(world.root, "secret");
+    await writeFile(secret, "s".repeat(4096));
+    const file = join(world.root, "fetched");
+    const below = world.chain;
+    const adopt = () => driver.adoptLayer({ file, layerId: LAYER, layersDir: world.layersDir, below }, never);
+    for (const backing of [secret, "below-1", "../below-0"]) {
+      await run(["qemu-img", "create", "-f", "qcow2", file, `${IMAGE_BYTES}`]);
+      await run(["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", backing, file]);
+      await assert.rejects(adopt(), /stands on .*, not on below-0/);
+    }
+    await run(["qemu-img", "create", "-f", "qcow2", file, `${IMAGE_BYTES}`]);
+    await assert.rejects(adopt(), /stands on nothing/);
+    await writeFile(file, "no qcow2 at all".repeat(100));
+    await assert.rejects(adopt(), /is no qcow2 file/);
+    assert.deepEqual(await readdir(world.layersDir), []);
   });
 });
 

@@ -191,6 +191,38 @@ export class Qcow2RootDisks implements RootDiskDriver {
     return committed;
   }
 
+  async adoptLayer(
+    options: { file: string; layerId: LayerId; layersDir: string; below: readonly DiskLayer[] },
+    signal: AbortSignal,
+  ): Promise<DiskLayer> {
+    signal.throwIfAborted();
+    const { file, layerId, below } = options;
+    if (!isLayerId(layerId)) throw new Error(`not a layer id: ${String(layerId)}`);
+    const layersDir = resolve(options.layersDir);
+    const path = join(layersDir, layerId, FILE);
+    const layer: DiskLayer = { kind: "layer", id: layerId, path, format: "qcow2" };
+    if (await exists(path)) return layer;
+    const { backingFile } = await readQcow2Header(file);
+    const expected = belowName(below.length - 1);
+    if (backingFile !== expected) {
+      throw new Error(`${file}: stands on ${backingFile ?? "nothing"}, not on ${expected}`);
+    }
+    await giveTo(file, 0, 0o444);
+    await syncFile(file);
+    const unfinished = unfinishedLayerDir(layersDir, layerId);
+    await removeTree(unfinished);
+    await mkdir(unfinished, { recursive: true, mode: 0o700 });
+    await linkBelow(
+      unfinished,
+      below.map((each) => each.path),
+    );
+    await rename(file, join(unfinished, FILE));
+    await syncDirectory(unfinished);
+    await rename(unfinished, join(layersDir, layerId));
+    await syncDirectory(layersDir);
+    return layer;
+  }
+
   async abortNextTop(disk: RootDisk, user: DiskUser | undefined): Promise<void> {
     // By the manifest, not by `disk`: what was the next top once may be the top now.
     const present = await this.#present(disk.dir);

@@ -84,6 +84,16 @@ export interface RootDiskDriver {
     options: { layerId: LayerId; layersDir: string },
     signal: AbortSignal,
   ): Promise<RootDisk>;
+  /**
+   * Takes a file that another host wrote in as layer `layerId` over `below`
+   * (bottom first): moves it below `layersDir`, root's, read-only, durable. Throws
+   * before anything reads it when it is not a layer such as ours. A layer of that
+   * id that is there already is kept. Drivers without it do not share snapshots.
+   */
+  adoptLayer?(
+    options: { file: string; layerId: LayerId; layersDir: string; below: readonly DiskLayer[] },
+    signal: AbortSignal,
+  ): Promise<DiskLayer>;
   /** Forgets a prepared next top that no VMM switched to. Bears running twice. */
   abortNextTop(disk: RootDisk, user: DiskUser | undefined): Promise<void>;
 

@@ -83,6 +83,13 @@ export function openSimulatedDisks(trouble: (effect: string) => void): RootDiskD
       await rm(top(disk.dir, disk.chain), { force: true });
       return committed;
     },
+    async adoptLayer({ file, layerId, layersDir }) {
+      trouble("disk.adopt");
+      const path = join(layersDir, layerId, "disk.qcow2");
+      await mkdir(join(layersDir, layerId), { recursive: true });
+      if (!existsSync(path)) await rename(file, path);
+      return { kind: "layer", id: layerId, path, format: "qcow2" };
+    },
     async abortNextTop(disk) {
       trouble("disk.abort");
       const present = await open(disk.dir);

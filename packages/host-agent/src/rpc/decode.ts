@@ -31,6 +31,7 @@ const MEMORY_MB = [256, 512, 1024, 2048, 4096, 8192, 16384];
 const MAX_DISK_MB = 65_536;
 const MAX_TIMEOUT_SEC = 604_800;
 const MAX_ENTRIES = 64;
+const MAX_SNAPSHOT_IDS = 1_000;
 const MAX_ENV_VALUE = 4_096;
 const MAX_CMD_BYTES = 128 << 10;
 const MAX_ARGS = 1_024;
@@ -111,6 +112,12 @@ export function sandboxSpec(wire: CreateSandboxRequest): SandboxSpec {
     env: environment(wire.env),
     envdAccessToken: matching(wire.envdAccessToken, TOKEN, "envd_access_token"),
   };
+}
+
+/** Those that no snapshot can have are of none here. */
+export function snapshotIds(ids: readonly string[]): SnapshotId[] {
+  if (ids.length > MAX_SNAPSHOT_IDS) throw invalid("snapshot_ids", `must be at most ${MAX_SNAPSHOT_IDS}`);
+  return ids.filter(isSnapshotId);
 }
 
 export function snapshotRequest(wire: CreateSnapshotRequest): { snapshotId: SnapshotId; teamId: string } {

@@ -186,6 +186,20 @@ test("a fault of ours tells the caller nothing of this host, and the log all", a
   assert.match(String(line?.facts["err"]), /\/var\/lib\/secret/);
 });
 
+test("a host says which of its snapshots lie in the object store", async () => {
+  const ids = ["snap-aaaaaaaaaaaaaaaaaaaa", "snap-aaaaaaaaaaaaaastored", "no-snapshot"];
+  const { snapshots } = await client.getSnapshots({ snapshotIds: ids });
+  assert.deepEqual(
+    snapshots.map(({ snapshotId, storeId }) => [snapshotId, storeId]),
+    [
+      [ids[0], ""],
+      [ids[1], "store-1"],
+    ],
+  );
+  const many = Array.from({ length: 1_001 }, () => ids[0]!);
+  await refused(client.getSnapshots({ snapshotIds: many }), "invalid_request");
+});
+
 test("the log names calls and sandboxes, and no secret", async () => {
   await client.createSandbox(creation());
   const text = JSON.stringify(lines);

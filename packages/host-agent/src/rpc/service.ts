@@ -108,12 +108,13 @@ export function hostAgentService({
     async createSnapshot(request, context) {
       const operation = decode.operation(request.operation, border(context));
       const { snapshotId, teamId } = decode.snapshotRequest(request);
-      const { vcpus, memoryMb, diskMb, sizeBytes } = await operations.createSnapshot(
-        operation,
-        snapshotId,
-        teamId,
-      );
-      return { vcpus, memoryMb, diskMb, sizeBytes: int64(sizeBytes) };
+      const view = await operations.createSnapshot(operation, snapshotId, teamId);
+      const { vcpus, memoryMb, diskMb, sizeBytes, compat = "" } = view;
+      return { vcpus, memoryMb, diskMb, sizeBytes: int64(sizeBytes), compat };
+    },
+    async getSnapshots(request) {
+      const here = operations.getSnapshots(decode.snapshotIds(request.snapshotIds));
+      return { snapshots: here.map(({ snapshotId, storeId = "" }) => ({ snapshotId, storeId })) };
     },
     async deleteSnapshot(request, context) {
       decode.assertCluster(request.clusterId, border(context));

@@ -10,6 +10,7 @@ import type { VmCgroups } from "../vm-pool/vm-cgroups.ts";
 import type { VmmDriver, VmShape } from "../vmm/vmm.ts";
 import type { Clock } from "./clock.ts";
 import type { GuestAgent } from "./guest.ts";
+import type { SnapshotStore } from "./snapshot-store.ts";
 import type { WarmImages } from "./warm-images.ts";
 
 /** The part of pino that is used here. */
@@ -60,6 +61,10 @@ export interface ManagerConfig {
   memoryBudgetMb: number;
   /** No sandbox starts and no snapshot is made when less than this is free: the rest is for pausing what runs. */
   diskReserveBytes: number;
+  /** Copies of snapshots that the object store has; those that are used longest ago go beyond it. */
+  snapshotCacheBytes: number;
+  /** Between two looks for what no snapshot in the store needs any more. */
+  storeSweepIntervalMs: number;
   /** A fork of a running sandbox is refused when its chain has this many layers. */
   maxDiskChain: number;
   reaperIntervalMs: number;
@@ -93,6 +98,8 @@ export const MANAGER_DEFAULTS = {
   maxQueuedPerSandbox: 16,
   maxSandboxes: 1_000,
   diskReserveBytes: 1 << 30,
+  snapshotCacheBytes: 20 * 2 ** 30,
+  storeSweepIntervalMs: 6 * 3_600_000,
   maxDiskChain: 48,
   reaperIntervalMs: 500,
   hang: { intervalMs: 10_000, timeoutMs: 5_000, misses: 3 },
@@ -116,6 +123,8 @@ export interface Deps {
   network: GuestNetworkDriver;
   cgroups: VmCgroups;
   warmImages: WarmImages;
+  /** Undefined: snapshots stay on the host that made them. */
+  snapshotStore?: SnapshotStore | undefined;
   guest: GuestAgent;
   failpoints: Failpoints;
 }

@@ -15,6 +15,7 @@ export class DiskLayers {
   /** All chains of sandboxes and snapshots that exist now. */
   readonly #chains: () => Iterable<readonly DiskLayer[]>;
   readonly #pins = new Set<readonly LayerId[]>();
+  readonly #removing = new Map<LayerId, Promise<void>>();
 
   constructor(layersDir: string, chains: () => Iterable<readonly DiskLayer[]>) {
     this.#layersDir = layersDir;
@@ -28,11 +29,25 @@ export class DiskLayers {
     return { [Symbol.dispose]: () => void this.#pins.delete(pinned) };
   }
 
+  /** A pin on layers that may be on their way out: when it resolves, each is there to stay, or gone. */
+  async claim(layers: readonly LayerId[]): Promise<Disposable> {
+    const pin = this.pin(layers);
+    await Promise.allSettled(layers.flatMap((id) => this.#removing.get(id) ?? []));
+    return pin;
+  }
+
   /** Removes those of `candidates` that nothing needs. Bears running twice. */
   async sweep(candidates: Iterable<LayerId>): Promise<void> {
     for (const id of candidates) {
       // Looked at anew for each: a removal takes time, and an operation may pin meanwhile.
-      if (!this.#needed().has(id)) await removeTree(join(this.#layersDir, id));
+      if (this.#needed().has(id)) continue;
+      const removal = removeTree(join(this.#layersDir, id));
+      this.#removing.set(id, removal);
+      try {
+        await removal;
+      } finally {
+        if (this.#removing.get(id) === removal) this.#removing.delete(id);
+      }
     }
   }
 

@@ -24,6 +24,7 @@ export type { SandboxManager } from "./sandbox-manager.ts";
 export async function openSandboxManager(deps: Deps): Promise<SandboxManager> {
   const { manager } = await openCore(deps);
   manager.warmPool();
+  manager.startUploads();
   return manager;
 }
 

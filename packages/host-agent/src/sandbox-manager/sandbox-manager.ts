@@ -71,6 +71,11 @@ export class SandboxManager implements SandboxOperations {
     );
   }
 
+  /** In the background: a former agent may not have got through. */
+  startUploads(): void {
+    this.#snapshots.startUploads();
+  }
+
   /** Warm images that a sandbox, a snapshot or the pool cannot do without. */
   warmKeysInUse(): Set<WarmKey> {
     const { sandboxes, snapshots, pool } = this.#core;
@@ -217,6 +222,13 @@ export class SandboxManager implements SandboxOperations {
     await this.#snapshots.delete(snapshotId);
   }
 
+  getSnapshots(ids: readonly SnapshotId[]): SnapshotView[] {
+    return ids.flatMap((id) => {
+      const record = this.#core.snapshots.get(id);
+      return record === undefined ? [] : [viewOfSnapshot(record)];
+    });
+  }
+
   async withEnvd<T>(id: SandboxId, use: (target: EnvdTarget, signal: AbortSignal) => Promise<T>): Promise<T> {
     const entry = this.#entry(id);
     requirePhase(entry, ["running"], "used");
@@ -275,6 +287,7 @@ export class SandboxManager implements SandboxOperations {
     this.#warming.abort(new RookeryError("unavailable", "the agent is stopping"));
     await this.#warmed;
     await Promise.all([...this.#core.sandboxes.values()].map((entry) => endRevival(entry)));
+    await this.#snapshots.close();
     await Promise.all([...this.#core.sandboxes.values()].map(({ queue }) => queue.idle()));
     await this.#core.pool.close();
     await this.#core.events.close();
@@ -327,6 +340,7 @@ export class SandboxManager implements SandboxOperations {
       keepInPool(this.#core, spec.source.name, warm);
       return { warm, snapshot: undefined, [Symbol.dispose]: () => undefined };
     }
+    await this.#snapshots.bring(spec.source.snapshotId, signal);
     const use = this.#snapshots.use(spec.source.snapshotId, spec.teamId);
     try {
       const warm = await warmImages.open(use.record.warmKey, signal);

@@ -58,6 +58,10 @@ export interface SnapshotView {
   memoryMb: number;
   diskMb: number;
   sizeBytes: number;
+  /** What a host must have to load it: see compat.ts. Undefined in those of older agents: only this host may. */
+  compat?: string | undefined;
+  /** Object store that has all of it; undefined: none yet. */
+  storeId?: string | undefined;
 }
 
 /** What the agent did by itself, for the control plane. */
@@ -94,7 +98,10 @@ export interface SandboxOperations {
   /** Ids above `after`, ascending. */
   list(options: { after?: SandboxId; limit: number }): Promise<{ items: SandboxView[]; more: boolean }>;
   createSnapshot(operation: Operation, snapshotId: SnapshotId, teamId: string): Promise<SnapshotView>;
+  /** Here and in the object store. Idempotent. */
   deleteSnapshot(snapshotId: SnapshotId): Promise<void>;
+  /** Those of `ids` that are here. */
+  getSnapshots(ids: readonly SnapshotId[]): SnapshotView[];
   /**
    * Runs `use` against envd of a running sandbox and counts as activity from
    * begin to end: an idle sandbox does not expire, nor is it paused by expiry,

@@ -19,6 +19,7 @@ import type { LayerId, SnapshotId } from "../ids.ts";
 import type { SnapshotRecord } from "../journal/records.ts";
 import type { DiskAttachment } from "../root-disk/root-disk.ts";
 import type { LayerCapture, MemoryLayer } from "../vmm/vmm.ts";
+import { compatOf } from "./compat.ts";
 import { persist, type Core, type SandboxEntry } from "./core.ts";
 import { layerIdsOf } from "./disk-layers.ts";
 import type { Step } from "./steps.ts";
@@ -78,12 +79,13 @@ const commitTop: Step<SnapshotContext> = {
 
 const writeRecord: Step<SnapshotContext> = {
   name: "write-record",
-  async run(ctx) {
+  async run(ctx, signal) {
     const { core, entry, snapshotId, teamId, layer, layerId } = ctx;
     const { chain } = entry.disk!;
     const top = chain.find((disk) => disk.kind === "layer" && disk.id === layerId);
     if (top === undefined) throw new Error(`layer ${layerId} is not in the chain of ${entry.id}`);
     const { spec, warmKey } = entry.record;
+    const warm = await core.deps.warmImages.open(warmKey!, signal);
     ctx.record = {
       version: 1,
       id: snapshotId,
@@ -97,6 +99,7 @@ const writeRecord: Step<SnapshotContext> = {
       chain: [...chain],
       layer: { pageBytes: layer!.pageBytes, allocatedBytes: layer!.allocatedBytes },
       sizeBytes: layer!.allocatedBytes + (await stat(top.path)).blocks * 512,
+      ...(warm !== undefined && { compat: compatOf(core.deps, warm.base.fingerprint) }),
     };
     core.snapshots.set(snapshotId, ctx.record);
     await core.journal.writeSnapshot(ctx.record);

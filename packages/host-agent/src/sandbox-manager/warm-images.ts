@@ -14,6 +14,8 @@ export interface WarmImage {
   /** Virtual size of the disk that the frozen guest knows. */
   diskSizeBytes: number;
   shape: VmShape;
+  /** The guest image that it was booted from; absent in simulated ones. */
+  image?: { name: string; hash: string };
 }
 
 export interface WarmImages {

@@ -72,17 +72,27 @@ export async function buildWarmImage(
   signal: AbortSignal,
 ): Promise<StoredWarmImage> {
   const { key, warmDir } = request;
+  const warm = await fillWarmImage(warmDir, key, (dir) => bootAndSave(request, dir, tools, signal));
+  tools.onProgress({ ...progressOf(request), step: "ready", message: "the warm image is ready" });
+  return warm;
+}
+
+/** What `fill` writes into a directory becomes the warm image `key`, as a whole and durably, or nothing. */
+export async function fillWarmImage(
+  warmDir: string,
+  key: WarmKey,
+  fill: (dir: string) => Promise<WarmManifest>,
+): Promise<StoredWarmImage> {
   const buildDir = join(warmDir, `${BUILD_PREFIX}${key}`);
   await removeTree(buildDir);
   await mkdir(buildDir, { recursive: true, mode: 0o700 });
   try {
-    const manifest = await bootAndSave(request, buildDir, tools, signal);
+    const manifest = await fill(buildDir);
     await writeFileAtomic(join(buildDir, WARM_MANIFEST), `${JSON.stringify(manifest, undefined, 2)}\n`);
     const dir = join(warmDir, key);
     await removeTree(dir);
     await rename(buildDir, dir);
     await syncDirectory(warmDir);
-    tools.onProgress({ ...progressOf(request), step: "ready", message: "the warm image is ready" });
     return await readWarmImage(dir);
   } catch (cause) {
     await removeTree(buildDir);

@@ -19,9 +19,15 @@ import { shareWork } from "../image/share-work.ts";
 import type { GuestNetworkDriver } from "../guest-network/guest-network.ts";
 import type { WarmImage, WarmImages } from "../sandbox-manager/warm-images.ts";
 import type { VmShape } from "../vmm/vmm.ts";
-import { BUILD_PREFIX, buildWarmImage, type BuildTools, type WarmProgress } from "./build-warm-image.ts";
+import {
+  BUILD_PREFIX,
+  buildWarmImage,
+  fillWarmImage,
+  type BuildTools,
+  type WarmProgress,
+} from "./build-warm-image.ts";
 import { PRIMING_VERSION } from "./prime-guest.ts";
-import { readWarmImage, type StoredWarmImage } from "./warm-manifest.ts";
+import { readWarmImage, type StoredWarmImage, type WarmManifest } from "./warm-manifest.ts";
 
 export interface WarmImageStoreOptions extends Omit<BuildTools, "onProgress" | "network"> {
   dataDir: string;
@@ -49,6 +55,8 @@ export class WarmImageStore implements WarmImages {
   /** By image and shape: looking an image up anew for each sandbox would be slow. */
   readonly #current = new Map<string, { image: string; key: WarmKey }>();
   readonly #build: (name: string, signal: AbortSignal) => Promise<WarmImage>;
+  readonly #takeIn: (key: string, signal: AbortSignal) => Promise<WarmImage>;
+  readonly #fills = new Map<string, (dir: string, signal: AbortSignal) => Promise<WarmManifest>>();
   /** What the names of builds stand for. */
   readonly #asked = new Map<string, { image: string; shape: VmShape }>();
 
@@ -56,6 +64,16 @@ export class WarmImageStore implements WarmImages {
     this.#options = options;
     this.#dir = join(options.dataDir, "warm");
     this.#build = shareWork((name, signal) => this.#findOrBuild(name, signal));
+    this.#takeIn = shareWork(async (key, signal) => {
+      const fill = this.#fills.get(key);
+      if (fill === undefined) throw new Error("a warm image that nobody fills");
+      const warm = await fillWarmImage(this.#dir, key as WarmKey, (dir) => fill(dir, signal));
+      this.#known.set(warm.key, warm);
+      this.#use(warm);
+      this.#fills.delete(key);
+      await this.evict();
+      return warm;
+    });
   }
 
   /** Takes away what a build of a former agent left, and learns what there is. */
@@ -84,6 +102,21 @@ export class WarmImageStore implements WarmImages {
     if (!KEY.test(key)) return undefined;
     const known = this.#known.get(key) ?? (await this.#load(key));
     return known === undefined ? undefined : this.#use(known);
+  }
+
+  /**
+   * Takes in one that another host made: `fill` writes its files and gives back
+   * its manifest; once for all who ask at the same time.
+   */
+  async takeIn(
+    key: WarmKey,
+    fill: (dir: string, signal: AbortSignal) => Promise<WarmManifest>,
+    signal: AbortSignal,
+  ): Promise<WarmImage> {
+    const known = await this.open(key, signal);
+    if (known !== undefined) return known;
+    this.#fills.set(key, fill);
+    return await this.#takeIn(key, signal);
   }
 
   /** Looks the image up anew at the next `ensure`: it was built again. */

@@ -90,6 +90,13 @@ export function fakeOperations(): FakeOperations {
       called("createSnapshot", operation, snapshotId, teamId);
       return { snapshotId, vcpus: 1, memoryMb: 512, diskMb: 4096, sizeBytes: 123 };
     },
+    getSnapshots(ids) {
+      called("getSnapshots", ids);
+      return ids.map((snapshotId) => ({
+        ...{ snapshotId, vcpus: 1, memoryMb: 512, diskMb: 4096, sizeBytes: 123 },
+        ...(snapshotId.endsWith("stored") && { storeId: "store-1" }),
+      }));
+    },
     async deleteSnapshot(snapshotId) {
       called("deleteSnapshot", snapshotId);
       throw new Error("cannot unlink /var/lib/secret");

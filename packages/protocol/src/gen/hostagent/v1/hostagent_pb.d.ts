@@ -209,7 +209,7 @@ export declare type CreateSandboxRequest = Message<"hostagent.v1.CreateSandboxRe
     case: "image";
   } | {
     /**
-     * A snapshot on this host.
+     * A snapshot on this host, or in its object store, from where it is fetched first.
      *
      * @generated from field: string snapshot_id = 3;
      */
@@ -927,6 +927,13 @@ export declare type CreateSnapshotResponse = Message<"hostagent.v1.CreateSnapsho
    * @generated from field: int64 size_bytes = 4;
    */
   sizeBytes: bigint;
+
+  /**
+   * Only hosts that report the same value can load it. Empty: only this one.
+   *
+   * @generated from field: string compat = 5;
+   */
+  compat: string;
 };
 
 /**
@@ -934,6 +941,61 @@ export declare type CreateSnapshotResponse = Message<"hostagent.v1.CreateSnapsho
  * Use `create(CreateSnapshotResponseSchema)` to create a new message.
  */
 export declare const CreateSnapshotResponseSchema: GenMessage<CreateSnapshotResponse>;
+
+/**
+ * @generated from message hostagent.v1.GetSnapshotsRequest
+ */
+export declare type GetSnapshotsRequest = Message<"hostagent.v1.GetSnapshotsRequest"> & {
+  /**
+   * @generated from field: repeated string snapshot_ids = 1;
+   */
+  snapshotIds: string[];
+};
+
+/**
+ * Describes the message hostagent.v1.GetSnapshotsRequest.
+ * Use `create(GetSnapshotsRequestSchema)` to create a new message.
+ */
+export declare const GetSnapshotsRequestSchema: GenMessage<GetSnapshotsRequest>;
+
+/**
+ * @generated from message hostagent.v1.GetSnapshotsResponse
+ */
+export declare type GetSnapshotsResponse = Message<"hostagent.v1.GetSnapshotsResponse"> & {
+  /**
+   * @generated from field: repeated hostagent.v1.GetSnapshotsResponse.Snapshot snapshots = 1;
+   */
+  snapshots: GetSnapshotsResponse_Snapshot[];
+};
+
+/**
+ * Describes the message hostagent.v1.GetSnapshotsResponse.
+ * Use `create(GetSnapshotsResponseSchema)` to create a new message.
+ */
+export declare const GetSnapshotsResponseSchema: GenMessage<GetSnapshotsResponse>;
+
+/**
+ * @generated from message hostagent.v1.GetSnapshotsResponse.Snapshot
+ */
+export declare type GetSnapshotsResponse_Snapshot = Message<"hostagent.v1.GetSnapshotsResponse.Snapshot"> & {
+  /**
+   * @generated from field: string snapshot_id = 1;
+   */
+  snapshotId: string;
+
+  /**
+   * Object store that has all of it. Empty: none yet.
+   *
+   * @generated from field: string store_id = 2;
+   */
+  storeId: string;
+};
+
+/**
+ * Describes the message hostagent.v1.GetSnapshotsResponse.Snapshot.
+ * Use `create(GetSnapshotsResponse_SnapshotSchema)` to create a new message.
+ */
+export declare const GetSnapshotsResponse_SnapshotSchema: GenMessage<GetSnapshotsResponse_Snapshot>;
 
 /**
  * @generated from message hostagent.v1.DeleteSnapshotRequest
@@ -1331,7 +1393,17 @@ export declare const HostAgentService: GenService<{
     output: typeof CreateSnapshotResponseSchema;
   },
   /**
-   * Idempotent: an unknown id succeeds.
+   * Of those that are on this host. At most 1000 ids.
+   *
+   * @generated from rpc hostagent.v1.HostAgentService.GetSnapshots
+   */
+  getSnapshots: {
+    methodKind: "unary";
+    input: typeof GetSnapshotsRequestSchema;
+    output: typeof GetSnapshotsResponseSchema;
+  },
+  /**
+   * On this host and in its object store. Idempotent: an unknown id succeeds.
    *
    * @generated from rpc hostagent.v1.HostAgentService.DeleteSnapshot
    */

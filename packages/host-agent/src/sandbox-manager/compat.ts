@@ -1,0 +1,24 @@
+/**
+ * What a host must have to load a memory that another one froze, as one value
+ * that is equal or not: VMM with version and arguments, CPU and TSC (all in the
+ * driver's fingerprint), disks, and the network that the guest was booted on.
+ */
+import { createHash } from "node:crypto";
+import type { Deps } from "./deps.ts";
+
+/** `fingerprint`: of the memory's base, or of this host's VMM for what it can load. 64 hex digits. */
+export function compatOf(
+  {
+    vmm,
+    rootDisk,
+    network,
+  }: {
+    vmm: Pick<Deps["vmm"], "kind">;
+    rootDisk: Pick<Deps["rootDisk"], "kind">;
+    network: Pick<Deps["network"], "kind" | "addressing">;
+  },
+  fingerprint: string,
+): string {
+  const parts = [vmm.kind, fingerprint, rootDisk.kind, network.kind, network.addressing];
+  return createHash("sha256").update(JSON.stringify(parts)).digest("hex");
+}
