@@ -1,5 +1,6 @@
 /**
- * `npm run bench -- NAME…`: tti, tti-burst, exec, pause-resume, upload, clone, or all.
+ * `npm run bench -- NAME…`: tti, tti-burst, exec, pause-resume, upload, clone, or all
+ * of these; or fleet-scale, alone, with options of its own.
  *
  * One JSON object per line; medians of at least seven runs that take turns with
  * their floor. A product of the bench's own is started and stopped; nothing else
@@ -14,6 +15,7 @@ import { vmmPids } from "../test/host-inventory.ts";
 import { freePort, Product, repoDir } from "../test/product.ts";
 import { HandClone, unpackWarmImage } from "./floor/hand-clone.ts";
 import type { WarmFiles } from "./floor/hand-clone.ts";
+import { fleetScale } from "./fleet-scale.ts";
 import { contest, median, print, timed } from "./measure.ts";
 
 /** Waiting clones, on both sides. */
@@ -39,6 +41,10 @@ const BENCHES: Record<string, (bench: Bench) => Promise<void>> = {
 };
 
 const names = process.argv.slice(2);
+if (names[0] === "fleet-scale") {
+  await fleetScale(names.slice(1));
+  process.exit();
+}
 const wanted = names.length === 0 || names.includes("all") ? Object.keys(BENCHES) : names;
 for (const name of wanted) {
   if (!(name in BENCHES)) {

@@ -81,6 +81,7 @@ Try:
 }
 
 async function buildGuestImage({ node, env }) {
+  if (process.env.ROOKERY_VMM === "simulated") return; // it runs no guests
   const argv = [...agentCommand(node), "image", "build", "base"];
   await step("guest image `base` (built once, then only when an input changes)", (note) =>
     run(argv, { env: agentEnv(paths, env), note }),
