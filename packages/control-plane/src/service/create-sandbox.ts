@@ -8,7 +8,7 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import { type Queryable, tellNews } from "../db/database.ts";
-import { type HostRecord, schedulableHosts } from "../db/hosts.ts";
+import type { HostRecord } from "../db/hosts.ts";
 import { type SandboxRecord, findSandboxes, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
 import { teamQuota } from "../db/teams.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
@@ -19,11 +19,13 @@ import { awaitMade } from "./await-made.ts";
 import type { Deps } from "./deps.ts";
 import { shownError, silentHost, wrongState } from "./errors.ts";
 import { holdRow } from "./hold-row.ts";
+import type { KnownHosts } from "./known-hosts.ts";
 import { type Origin, chooseShape, resolveTemplate } from "./resolve-template.ts";
 import type { Caller, CreateSandboxInput, HeldKey } from "./services.ts";
 
 export async function createSandbox(
   deps: Deps,
+  knownHosts: KnownHosts,
   caller: Caller,
   input: CreateSandboxInput,
   held?: HeldKey<Sandbox>,
@@ -33,15 +35,18 @@ export async function createSandbox(
   if (before) return before;
   const [origin, known] = await Promise.all([
     resolveTemplate(deps, caller.teamId, input.template),
-    schedulableHosts(deps.db, caller.teamId),
+    knownHosts.schedulable(caller.teamId),
   ]);
   const order = { ...input, ...chooseShape(origin, input), origin, teamId: caller.teamId };
   const passedOver = new Set<HostId>();
   let row: SandboxRecord | undefined;
   let refusal = new RookeryError("no_capacity", "No host can take this sandbox now.");
-  for (let hosts = known; ; hosts = await schedulableHosts(deps.db, caller.teamId)) {
+  for (let hosts = known; ; hosts = await knownHosts.readAnew(caller.teamId)) {
     const host = pickHost(deps, order, hosts, passedOver);
-    if (!host) break;
+    if (!host) {
+      if (hosts === known) continue;
+      break;
+    }
     passedOver.add(host.id);
     const placed: SandboxRecord | undefined = row
       ? await moveSandbox(deps.db, row, "assign", { hostId: host.id, deadlineMs: deps.options.leaseMs })

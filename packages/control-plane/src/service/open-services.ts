@@ -17,12 +17,21 @@ import * as hostLife from "./host-life.ts";
 import * as hosts from "./hosts.ts";
 import { idempotent } from "./idempotent.ts";
 import { getSandbox, list, updateSandbox } from "./look-at-sandboxes.ts";
+import { KnownHosts } from "./known-hosts.ts";
 import type { Services } from "./services.ts";
 import { createSnapshot, deleteSnapshot } from "./snapshots.ts";
 import { createApiKey, createTeam, deleteApiKey } from "./teams-and-keys.ts";
 
-export function openServices(deps: Deps): Services {
-  const { db } = deps;
+export function openServices(given: Deps): Services {
+  const { db } = given;
+  const knownHosts = new KnownHosts(given);
+  const deps: Deps = {
+    ...given,
+    onHostSeen: () => {
+      knownHosts.forget();
+      given.onHostSeen();
+    },
+  };
   const keys = new Authenticator(deps);
   const guests = new GuestCalls(deps);
   const events = new EventStreams(deps);
@@ -35,7 +44,7 @@ export function openServices(deps: Deps): Services {
     idempotent: (caller, key, fingerprint, creation) =>
       idempotent(deps, { teamId: caller.teamId, key, fingerprint }, creation),
 
-    createSandbox: (caller, input, held) => createSandbox(deps, caller, input, held),
+    createSandbox: (caller, input, held) => createSandbox(deps, knownHosts, caller, input, held),
     listSandboxes: (caller, input) => list(deps, caller, input),
     getSandbox: (caller, id) => getSandbox(deps, caller, id),
     updateSandbox: (caller, id, input) => updateSandbox(deps, caller, id, input),
