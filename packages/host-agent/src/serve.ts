@@ -21,11 +21,9 @@ import type { Agent, World } from "./open-agent.ts";
 import { startRpcServer } from "./rpc/server.ts";
 import type { SandboxManager } from "./sandbox-manager/index.ts";
 import { systemClock } from "./sandbox-manager/index.ts";
-import type { SandboxView } from "./sandbox-manager/sandbox.ts";
 
 /** One exchange with the control plane; three of them fit into the shortest silence that counts. */
 const EXCHANGE_TIMEOUT_MS = 10_000;
-const PAGE = 500;
 
 export interface ServeOptions {
   logger: Logger;
@@ -111,7 +109,7 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
       logger,
       intervals: config.intervals,
       random,
-      sandboxes: () => listAll(manager),
+      sandboxes: () => manager.outline(),
       load: (sandboxes) => readLoad(config.dataDir, sandboxes),
       events: manager.events,
       pauseAll: () => pauseAll(manager, logger),
@@ -175,16 +173,6 @@ async function describeHost(
       network: network.kind,
     },
   };
-}
-
-async function listAll(manager: SandboxManager): Promise<SandboxView[]> {
-  const all: SandboxView[] = [];
-  for (;;) {
-    const after = all.at(-1)?.id;
-    const { items, more } = await manager.list({ limit: PAGE, ...(after === undefined ? {} : { after }) });
-    all.push(...items);
-    if (!more) return all;
-  }
 }
 
 async function readLoad(dataDir: string, sandboxes: number): Promise<Heartbeat["load"]> {

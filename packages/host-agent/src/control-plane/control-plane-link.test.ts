@@ -155,7 +155,7 @@ beforeEach(async () => {
     logger: { debug() {}, info() {}, warn() {}, error() {} },
     intervals: { heartbeatMs: 30_000, lostAfterMs: 300_000 },
     random: () => 0.5,
-    sandboxes: async () => [{ id: "sb1", phase: "running", generation: 3n }],
+    sandboxes: () => [{ id: "sb1", phase: "running", generation: 3n }],
     load: async (sandboxes) => ({ cpus: 0.5, memoryMbUsed: 10, diskMbFree: 20, sandboxes }),
     events: {
       logId: "log-1",

@@ -37,7 +37,7 @@ export interface LinkDeps {
   };
   /** 0 … 1, to spread heartbeats. */
   random: () => number;
-  sandboxes: () => Promise<DigestedSandbox[]>;
+  sandboxes: () => readonly DigestedSandbox[];
   load: (sandboxes: number) => Promise<Heartbeat["load"]>;
   events: Pick<HostEventLog, "logId" | "lastNumber" | "acknowledge">;
   /** Pauses all that runs; goes on past failures and reports them itself. Nothing to do when nothing runs. */
@@ -116,7 +116,7 @@ export class ControlPlaneLink {
 
   async #heartbeat(credentials: Credentials, signal: AbortSignal): Promise<Heard> {
     const { client, events, logger } = this.#deps;
-    const sandboxes = await this.#deps.sandboxes();
+    const sandboxes = this.#deps.sandboxes();
     const { logId, lastNumber } = events;
     const heartbeat: Heartbeat = {
       load: await this.#deps.load(sandboxes.length),

@@ -83,6 +83,22 @@ test("a sandbox goes through its whole life and leaves nothing", async () => {
   expect(machine.traces()).toEqual(before);
 });
 
+test("the outline says what a list says, without a look at the disks", async () => {
+  const looked: string[] = [];
+  const { machine, manager } = await start();
+  await manager.create(specOf(A), operationOf(A, 1));
+  await manager.create(specOf(B), operationOf(B, 1));
+  await manager.pause(operationOf(B, 2));
+  const listed = (await manager.list({ limit: 10 })).items;
+  vi.spyOn(machine.deps.rootDisk, "allocatedBytes").mockImplementation(async ({ dir }) => {
+    looked.push(dir);
+    return 0;
+  });
+  expect(manager.outline()).toEqual(listed.map(({ id, phase, generation }) => ({ id, phase, generation })));
+  expect(manager.outline().map(({ phase }) => phase)).toEqual(["running", "paused"]);
+  expect(looked).toEqual([]);
+});
+
 test("an older generation is refused, the same one is answered again", async () => {
   const { core, manager } = await start();
   const first = manager.create(specOf(A), operationOf(A, 5));

@@ -195,6 +195,15 @@ export class SandboxManager implements SandboxOperations {
     return await viewOfSandbox(this.#core, this.#entry(id));
   }
 
+  /** What a heartbeat tells of all sandboxes: from memory alone, however many there are. */
+  outline(): Pick<SandboxView, "id" | "phase" | "generation">[] {
+    return Array.from(this.#core.sandboxes.values(), ({ id, phase, record }) => ({
+      id,
+      phase,
+      generation: record.generation,
+    }));
+  }
+
   async list(options: {
     after?: SandboxId;
     limit: number;
