@@ -41,6 +41,7 @@ const Environment = z.object({
   ROOKERY_SWEEP_MS: ms(SECOND),
   ROOKERY_HOST_CHECK_MS: ms(30 * SECOND),
   ROOKERY_HOST_CHECK_LIMIT_MS: ms(10 * SECOND),
+  ROOKERY_HOST_COMPARE_MS: ms(600 * SECOND),
   ROOKERY_HOST_SILENT_MS: ms(90 * SECOND),
   ROOKERY_EVENT_LEASE_MS: ms(15 * SECOND),
   ROOKERY_EVENT_KEEP_MS: ms(7 * DAY),
@@ -86,6 +87,7 @@ export function parseConfig(environment: Readonly<Record<string, string | undefi
     monitor: {
       everyMs: env.ROOKERY_HOST_CHECK_MS,
       limitMs: env.ROOKERY_HOST_CHECK_LIMIT_MS,
+      compareEveryMs: env.ROOKERY_HOST_COMPARE_MS,
       silentMs: env.ROOKERY_HOST_SILENT_MS,
     },
     eventLeaseMs: env.ROOKERY_EVENT_LEASE_MS,

@@ -4,6 +4,7 @@
  * survive is in PostgreSQL, so any number of replicas may run and die.
  */
 import { randomBytes } from "node:crypto";
+import { Registry } from "prom-client";
 import { openDatabase } from "./db/database.ts";
 import { dropOldSandboxEvents } from "./db/sandbox-events.ts";
 import { MIGRATIONS_DIR, isMigrated, readMigrations } from "./db/migrate.ts";
@@ -17,6 +18,7 @@ import { HostClientPool, type OpenClient } from "./hosts/host-client-pool.ts";
 import { HostMonitor } from "./hosts/host-monitor.ts";
 import { type Loop, startLoop } from "./hosts/loop.ts";
 import { retireClients } from "./hosts/retire-clients.ts";
+import { monitorMetrics } from "./hosts/monitor-metrics.ts";
 import { newScheduler } from "./hosts/scheduler.ts";
 import { commandTokens } from "./hosts/tokens.ts";
 import { type Clock, systemClock } from "./model/clock.ts";
@@ -27,8 +29,10 @@ import { type Deps, SERVICE_DEFAULTS } from "./service/deps.ts";
 import { openServices } from "./service/open-services.ts";
 import type { Services } from "./service/services.ts";
 
-/** Hosts that one replica checks at once, and rows that one sweep claims. */
+/** Rows that one sweep claims. */
 const BATCH = 50;
+/** Hosts that one replica checks in one round; most cost no more than their row. */
+const CHECKED_HOSTS = 500;
 const MAX_READ_HOSTS = 5_000;
 /** Old events deleted at once, and at most so often in one round. */
 const RETENTION_BATCH = 1_000;
@@ -48,6 +52,8 @@ const CLIENT = {
 export interface ControlPlane {
   services: Services;
   deps: Deps;
+  /** Its figures; those of the API come beside them. */
+  metrics: Registry;
   /** Begins what comes again and again; for `serve` only. */
   start(): void;
   close(): Promise<void>;
@@ -89,7 +95,8 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
       openHostClient(endpoint, { ...CLIENT, ...client, clusterId: cluster.id, now, token }, openTransport);
     const hostDeps = { db, pool: new HostClientPool(open), clock, log };
     const credentials = new HostCredentials({ db, cluster, random, now, options: config.credentials });
-    const loops = prepareLoops(config, hostDeps, ids.text(20));
+    const metrics = new Registry();
+    const loops = prepareLoops(config, hostDeps, { replica: ids.text(20), metrics });
     const deps: Deps = {
       ...hostDeps,
       ids,
@@ -104,6 +111,7 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     };
     return {
       deps,
+      metrics,
       services: openServices(deps),
       start: () => loops.start(),
       close: async () => {
@@ -118,12 +126,20 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
   }
 }
 
-function prepareLoops(config: Config, deps: Pick<Deps, "db" | "pool" | "clock" | "log">, replica: string) {
+function prepareLoops(
+  config: Config,
+  deps: Pick<Deps, "db" | "pool" | "clock" | "log">,
+  { replica, metrics }: { replica: string; metrics: Registry },
+) {
   const { db, clock, log } = deps;
   const ending = new AbortController();
   const { signal } = ending;
   const { leaseMs } = config.services;
-  const monitor = new HostMonitor(deps, { ...config.monitor, batch: BATCH });
+  const monitor = new HostMonitor(deps, {
+    ...config.monitor,
+    batch: CHECKED_HOSTS,
+    ...monitorMetrics(metrics),
+  });
   const sweep = new DeadlineSweep(deps, {
     batch: BATCH,
     leaseMs,

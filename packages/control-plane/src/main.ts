@@ -47,6 +47,7 @@ async function serve(config: Config, log: Logger): Promise<void> {
     version: VERSION,
     limits: { requestsPerMinute: config.requestsPerMinute },
     assets: bundledAssets(),
+    metrics: plane.metrics,
   });
   await api.listen({ host: config.host, port: config.port });
   plane.start();

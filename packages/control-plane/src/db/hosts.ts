@@ -85,14 +85,22 @@ export async function insertHost(
   },
 ): Promise<void> {
   await db
-    .insertInto("hosts")
-    .values({
-      id: input.id,
-      name: input.name,
-      type: input.type,
-      team_id: input.teamId ?? null,
-      labels: JSON.stringify(input.labels),
-    })
+    .with("host", (query) =>
+      query
+        .insertInto("hosts")
+        .values({
+          id: input.id,
+          name: input.name,
+          type: input.type,
+          team_id: input.teamId ?? null,
+          labels: JSON.stringify(input.labels),
+        })
+        .returning("id"),
+    )
+    // Here, so that no change of a sandbox has to lock its host for it (db/sandboxes.ts).
+    .insertInto("host_sandbox_digests")
+    .columns(["host_id", "digest"])
+    .expression((eb) => eb.selectFrom("host").select(["id", sql<bigint>`0::bigint`.as("digest")]))
     .execute();
 }
 
@@ -196,6 +204,7 @@ export async function recordRegistration(
       version: facts.version,
       epoch: eb("epoch", "+", 1),
       revoked_at: null,
+      compared_at: null,
       last_heartbeat_at: sql<Date>`now()`,
       next_check_at: sql<Date>`now()`,
     }))
@@ -221,8 +230,9 @@ export interface Heartbeat {
 }
 
 /**
- * It lives. One that was silent is looked at at once; another event log begins
- * at its beginning. Undefined: no such host, or the token is of another epoch.
+ * It lives, and whether its digest is the one that our rows have is seen here,
+ * while both are of the same moment. One that was silent is looked at at once,
+ * and whole; another event log begins at its beginning. Undefined: no such host, or the token is of another epoch.
  */
 export async function recordHeartbeat(
   db: Queryable,
@@ -247,6 +257,8 @@ export async function recordHeartbeat(
       last_heartbeat_at: sql<Date>`now()`,
       load: JSON.stringify(heartbeat.load),
       digest: heartbeat.digest,
+      digest_differs: sql<boolean>`${heartbeat.digest} <> ${digestOfHost(id)}`,
+      compared_at: sql<Date | null>`case when before.status = 'online' then hosts.compared_at end`,
       next_check_at: sql<Date>`case when before.status = 'online' then hosts.next_check_at else now() end`,
       acknowledged_event: sql<bigint>`case when hosts.event_log_id = ${heartbeat.eventLogId} then hosts.acknowledged_event else 0 end`,
       event_log_id: heartbeat.eventLogId,
@@ -274,11 +286,26 @@ export async function markHostUnreachable(db: Queryable, id: HostId, silentMs: n
   return numUpdatedRows === 1n;
 }
 
+/** As packages/protocol/src/sandbox-digest.ts writes it. Kept by triggers: see migration 3. */
+const digestOfHost = (id: HostId) => sql<string>`(
+  select 'x1:' || lpad(to_hex(coalesce(max(digest), 0)), 16, '0')
+    from host_sandbox_digests where host_id = ${id})`;
+
+/** Why a host's sandboxes are to be held against our rows, one by one. */
+export const COMPARE_REASONS = ["differs", "unheard", "due"] as const;
+export type CompareReason = (typeof COMPARE_REASONS)[number];
+
+export interface DueHost extends HostRecord {
+  silentMs: number;
+  /** Absent: its last heartbeat said what our rows say, and that was not long ago. */
+  compare?: CompareReason;
+}
+
 /** Hosts whose check is due, claimed by moving their next one: one replica at a time looks at each. */
 export async function claimDueHosts(
   db: Queryable,
-  options: { limit: number; everyMs: number },
-): Promise<(HostRecord & { silentMs: number })[]> {
+  options: { limit: number; everyMs: number; unheardMs: number; compareEveryMs: number },
+): Promise<DueHost[]> {
   const rows = await db
     .updateTable("hosts")
     .set({ next_check_at: sql<Date>`now() + ${interval(options.everyMs)}` })
@@ -298,8 +325,27 @@ export async function claimDueHosts(
     )
     .returningAll()
     .returning(sql<number>`extract(epoch from now() - last_heartbeat_at)::float8 * 1000`.as("silent_ms"))
+    .returning(
+      sql<CompareReason | null>`case when digest_differs then 'differs'
+        when last_heartbeat_at < now() - ${interval(options.unheardMs)} then 'unheard'
+        when compared_at is null or compared_at < now() - ${interval(options.compareEveryMs)} then 'due'
+        end`.as("compare"),
+    )
     .execute();
-  return rows.map((row) => ({ ...toHost(row), silentMs: row.silent_ms }));
+  return rows.map((row) => ({
+    ...toHost(row),
+    silentMs: row.silent_ms,
+    compare: row.compare ?? undefined,
+  }));
+}
+
+/** All that it has was held against our rows. */
+export async function recordComparison(db: Queryable, id: HostId): Promise<void> {
+  await db
+    .updateTable("hosts")
+    .set({ compared_at: sql<Date>`now()` })
+    .where("id", "=", id)
+    .execute();
 }
 
 /** Online hosts whose events no living replica reads are claimed; our own claims are renewed. */

@@ -6,7 +6,8 @@
  * status leaves its team's count with it. No live row is on a deleted host:
  * whoever places one holds the host's row locked.
  *
- * Locks are taken in this order: host, sandbox, team, the host's digest.
+ * Locks are taken in this order: host, sandbox, team, the host's digest. The
+ * last is kept by triggers (migration 3, ADR 19), whatever changes a row.
  */
 import assert from "node:assert/strict";
 import { type Selectable, sql } from "kysely";
@@ -189,6 +190,20 @@ export async function moveSandbox(
   const row = await query.executeTakeFirst();
   tellNews(db, row?.team_id);
   return row && toSandbox(row);
+}
+
+/**
+ * Its host was last told what it says, whatever we believed: so their digests
+ * can agree. No change of status; nothing happens when the row moved.
+ */
+export async function adoptCommandGeneration(db: Queryable, at: At, told: bigint): Promise<void> {
+  await db
+    .updateTable("sandboxes")
+    .set({ command_generation: told })
+    .where("id", "=", at.id)
+    .where("status", "=", at.status)
+    .where("generation", "=", at.generation)
+    .execute();
 }
 
 export async function findSandbox(

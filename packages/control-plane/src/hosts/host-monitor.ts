@@ -4,7 +4,9 @@
  *
  * Passive: a host whose heartbeats stopped becomes `unreachable` and its running
  * sandboxes `missing`, but only if heartbeats could have been received all that
- * time. One that registered again and was never heard likewise. Active: our rows
+ * time. One that registered again and was never heard likewise. Active: a host
+ * whose last heartbeat brought the digest that our rows have costs no more than
+ * that (ADR 19). All others, and each one now and then, are compared: our rows
  * are read *first*, then the host is asked; differences are applied by
  * compare-and-set, so what moved meanwhile waits for the next round. Work under
  * way is not judged here but by the sweep of deadlines.
@@ -14,7 +16,14 @@
  */
 import pLimit from "p-limit";
 import { touchReceptive } from "../db/cluster.ts";
-import { type HostRecord, claimDueHosts, markHostUnreachable } from "../db/hosts.ts";
+import {
+  type CompareReason,
+  type DueHost,
+  type HostRecord,
+  claimDueHosts,
+  markHostUnreachable,
+  recordComparison,
+} from "../db/hosts.ts";
 import { type SandboxSummaryRecord, findSandboxes, liveSandboxesOfHost } from "../db/sandboxes.ts";
 import { loseSandboxesOfHost } from "../db/sandboxes-of-host.ts";
 import type { HostId, SandboxId } from "../model/ids.ts";
@@ -32,6 +41,10 @@ export interface MonitorOptions {
   limitMs: number;
   /** Hosts claimed at once by one replica. */
   batch: number;
+  /** Each host is compared so often, whatever its digest says. */
+  compareEveryMs: number;
+  /** Told of each check: why the host was compared, or that it was not. */
+  onCheck?: (compared: CompareReason | "not") => void;
 }
 
 /**
@@ -40,6 +53,8 @@ export interface MonitorOptions {
  */
 const RECEPTIVE_GAP = 1 / 3;
 const PAGE = 1_000;
+/** Hosts that one round compares at once. */
+const COMPARING = 50;
 /** Settling at once, per host: each is a few queries, some a call. */
 const PARALLEL = 8;
 /** How long a round waits for one sandbox to be released: the host goes on, and the next round looks again. */
@@ -56,18 +71,20 @@ export class HostMonitor {
 
   /** Checks the hosts that are due; a hung one delays only itself, and this round by its limit at most. */
   async round(signal: AbortSignal): Promise<void> {
-    const { db } = this.#deps;
-    const { batch, everyMs, silentMs } = this.#options;
+    const { db, log } = this.#deps;
+    const { batch: limit, everyMs, silentMs, compareEveryMs } = this.#options;
     const receptiveMs = await touchReceptive(db, silentMs * RECEPTIVE_GAP);
-    const due = await claimDueHosts(db, { limit: batch, everyMs });
-    await Promise.all(due.map((host) => this.#check(host, receptiveMs, signal)));
+    const due = await claimDueHosts(db, { limit, everyMs, compareEveryMs, unheardMs: silentMs / 2 });
+    const comparing = pLimit(COMPARING);
+    const check = (host: DueHost): Promise<void> => this.#check(host, receptiveMs, signal);
+    await Promise.all(due.map((host) => (host.compare ? comparing(check, host) : check(host))));
+    if (due.length > 0) {
+      const compared = due.filter(({ compare }) => compare !== undefined).length;
+      log.debug({ hosts: due.length, compared }, "hosts were checked");
+    }
   }
 
-  async #check(
-    host: HostRecord & { silentMs: number },
-    receptiveMs: number,
-    signal: AbortSignal,
-  ): Promise<void> {
+  async #check(host: DueHost, receptiveMs: number, signal: AbortSignal): Promise<void> {
     const { silentMs, limitMs } = this.#options;
     try {
       if (host.silentMs >= silentMs && receptiveMs >= silentMs) {
@@ -75,7 +92,9 @@ export class HostMonitor {
         return;
       }
       // One that is silent but was not given up yet is asked too: only its heartbeats may fail.
-      if (host.status === "online") {
+      if (host.status !== "online") return;
+      this.#options.onCheck?.(host.compare ?? "not");
+      if (host.compare) {
         const limit = AbortSignal.timeout(limitMs);
         await within(limit, this.compare(host, AbortSignal.any([signal, limit])));
       }
@@ -99,6 +118,11 @@ export class HostMonitor {
   async compare(host: HostRecord, signal: AbortSignal): Promise<void> {
     const agent = agentOf(this.#deps.pool, host);
     if (!agent) return;
+    const isWhole = await this.#compareWith(host, agent, signal);
+    if (isWhole) await recordComparison(this.#deps.db, host.id);
+  }
+
+  async #compareWith(host: HostRecord, agent: HostAgent, signal: AbortSignal): Promise<boolean> {
     const rows = await this.#rowsOf(host.id);
     const seen = await this.#sandboxesOf(agent, signal);
     const limit = pLimit(PARALLEL);
@@ -112,6 +136,7 @@ export class HostMonitor {
     );
     const unclaimed = [...seen.values()].filter(({ id }) => !rows.has(id));
     await this.#judgeUnclaimed(host, agent, unclaimed, signal);
+    return !signal.aborted;
   }
 
   /** What the host has, and no live row of it: ended rows' VMs go, strangers stay. */

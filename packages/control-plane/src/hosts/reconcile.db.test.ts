@@ -40,7 +40,13 @@ beforeEach(async () => {
     .execute();
   host = await plane.newHost();
   caller = await plane.newCaller();
-  monitor = new HostMonitor(plane.deps, { everyMs: 0, silentMs: 90_000, limitMs: 1_000, batch: 50 });
+  monitor = new HostMonitor(plane.deps, {
+    everyMs: 0,
+    silentMs: 90_000,
+    limitMs: 1_000,
+    batch: 50,
+    compareEveryMs: 600_000,
+  });
   sweep = new DeadlineSweep(plane.deps, { batch: 50, leaseMs: 30_000, againMs: 0, silentAgainMs: 60_000 });
 });
 
@@ -273,7 +279,7 @@ test("a host that hangs holds up the sweep by its lease at most, and no other ho
 });
 
 test("each due host is checked by one replica", async () => {
-  const slow = { everyMs: 60_000, silentMs: 90_000, limitMs: 1_000, batch: 50 };
+  const slow = { everyMs: 60_000, silentMs: 90_000, limitMs: 1_000, batch: 50, compareEveryMs: 600_000 };
   const monitors = Array.from({ length: 4 }, () => new HostMonitor(plane.deps, slow));
   await Promise.all(monitors.map((each) => each.round(forever)));
   assert.equal(host.agent.callsOf("listSandboxes").length, 1);

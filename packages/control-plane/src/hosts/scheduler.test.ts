@@ -49,6 +49,22 @@ test("least-loaded picks the host with the smallest part of its memory in use", 
   assert.equal(newScheduler("least-loaded").pick(small, hosts)?.name, "b");
 });
 
+test("least-loaded counts what it placed since a host's last word, and no longer", () => {
+  const scheduler = newScheduler("least-loaded");
+  const at = (seconds: number, memoryMbUsed: number) => ({
+    lastHeartbeatAt: new Date(seconds * 1000),
+    load: { cpus: 0, memoryMbUsed, diskMbFree: 0, sandboxes: 0 },
+  });
+  const burst = (hosts: HostRecord[]) => {
+    const names = Array.from({ length: 6 }, () => scheduler.pick(small, hosts)?.name);
+    return Object.fromEntries(["a", "b", "c"].map((name) => [name, names.filter((n) => n === name).length]));
+  };
+  const hosts = [host("a", at(1, 0)), host("b", at(1, 0)), host("c", at(1, 512))];
+  assert.deepEqual(burst(hosts), { a: 3, b: 2, c: 1 });
+  const beaten = [host("a", at(2, 4096)), host("b", at(2, 0)), host("c", at(2, 4096))];
+  assert.deepEqual(burst(beaten), { a: 0, b: 6, c: 0 });
+});
+
 test("no sandbox goes to a host that is silent, draining, too small, of another VMM, or without the snapshot", () => {
   const scheduler = newScheduler("round-robin");
   const refuses = (facts: Partial<HostRecord>, request = {}) =>

@@ -22,7 +22,7 @@ export interface Scheduler {
   pick(request: PlacementRequest, hosts: readonly HostRecord[]): HostRecord | undefined;
 }
 
-type Strategy = (hosts: readonly HostRecord[]) => HostRecord | undefined;
+type Strategy = (hosts: readonly HostRecord[], request: PlacementRequest) => HostRecord | undefined;
 type Filter = (host: HostRecord, request: PlacementRequest) => boolean;
 
 const FILTERS: Record<string, Filter> = {
@@ -53,10 +53,31 @@ function firstById(hosts: readonly HostRecord[]): HostRecord | undefined {
   return first;
 }
 
-/** The one with the smallest part of its memory in use, by its own last word. */
+/**
+ * The one with the smallest part of its memory in use, by its own last word and
+ * what was placed there since: a burst comes between two heartbeats.
+ */
 function leastLoaded(): Strategy {
-  const used = (host: HostRecord): number => (host.load?.memoryMbUsed ?? 0) / (host.memoryMb ?? 1);
-  return (hosts) => hosts.toSorted((a, b) => used(a) - used(b) || (a.id < b.id ? -1 : 1))[0];
+  const placed = new Map<HostId, { since: number; memoryMb: number }>();
+  const placedOn = ({ id, lastHeartbeatAt }: HostRecord): { since: number; memoryMb: number } => {
+    const since = lastHeartbeatAt?.getTime() ?? 0;
+    const known = placed.get(id);
+    return known?.since === since ? known : { since, memoryMb: 0 };
+  };
+  const used = (host: HostRecord): number =>
+    ((host.load?.memoryMbUsed ?? 0) + placedOn(host).memoryMb) / (host.memoryMb ?? 1);
+  return (hosts, { memoryMb }) => {
+    let pick: HostRecord | undefined;
+    for (const host of hosts) {
+      const more = pick ? used(host) - used(pick) : -1;
+      if (more < 0 || (more === 0 && pick && host.id < pick.id)) pick = host;
+    }
+    if (pick) {
+      const { since, memoryMb: before } = placedOn(pick);
+      placed.set(pick.id, { since, memoryMb: before + memoryMb });
+    }
+    return pick;
+  };
 }
 
 export const STRATEGY_NAMES = ["round-robin", "least-loaded"] as const;
@@ -70,6 +91,10 @@ const STRATEGIES: Record<StrategyName, () => Strategy> = {
 export function newScheduler(name: StrategyName): Scheduler {
   const strategy = STRATEGIES[name]();
   return {
-    pick: (request, hosts) => strategy(hosts.filter((host) => ALL.every((admits) => admits(host, request)))),
+    pick: (request, hosts) =>
+      strategy(
+        hosts.filter((host) => ALL.every((admits) => admits(host, request))),
+        request,
+      ),
   };
 }

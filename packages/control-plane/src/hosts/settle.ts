@@ -11,6 +11,7 @@ import {
   type MovePatch,
   type SandboxRecord,
   type SandboxSummaryRecord,
+  adoptCommandGeneration,
   moveSandbox,
 } from "../db/sandboxes.ts";
 import type { Clock } from "../model/clock.ts";
@@ -61,7 +62,11 @@ export async function settleSandbox<Row extends SandboxSummaryRecord>(
     return { kind: "left-alone" };
   }
   const verdict = judge(row.status, seen);
-  if (verdict.kind === "agrees") return { kind: "settled", row };
+  if (verdict.kind === "agrees") {
+    if (seen && seen.generation !== row.commandGeneration)
+      await adoptCommandGeneration(deps.db, row, seen.generation);
+    return { kind: "settled", row };
+  }
   if (verdict.kind === "at-work") return { kind: "at-work" };
   const event = verdict.kind === "destroy" ? "gone" : verdict.event;
   // Before a create is given up, its host has to refuse the command that may still be on its way.

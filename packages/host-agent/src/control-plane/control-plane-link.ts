@@ -7,16 +7,15 @@
  * refresh, or silence for `lostAfterMs`), no sandbox stays running that can be
  * paused; the agent never stops trying.
  */
+import { digestOfSandboxes } from "@rookery/protocol/sandbox-digest";
 import { decodeJwt } from "jose";
 import { sleep } from "../sandbox-manager/clock.ts";
 import type { Clock } from "../sandbox-manager/clock.ts";
 import type { Logger } from "../sandbox-manager/deps.ts";
-import type { HostEventLog } from "../sandbox-manager/sandbox.ts";
+import type { HostEventLog, SandboxPhase } from "../sandbox-manager/sandbox.ts";
 import { TokenRefused } from "./control-plane-client.ts";
 import type { ControlPlaneClient, Heartbeat } from "./control-plane-client.ts";
 import type { Credentials, CredentialStore } from "./credentials.ts";
-import { digestOfSandboxes } from "./sandbox-digest.ts";
-import type { DigestedSandbox } from "./sandbox-digest.ts";
 
 export const REFRESH_FAILPOINTS = ["refresh.request", "refresh.store"] as const;
 
@@ -37,7 +36,7 @@ export interface LinkDeps {
   };
   /** 0 … 1, to spread heartbeats. */
   random: () => number;
-  sandboxes: () => readonly DigestedSandbox[];
+  sandboxes: () => readonly { id: string; phase: SandboxPhase; generation: bigint }[];
   load: (sandboxes: number) => Promise<Heartbeat["load"]>;
   events: Pick<HostEventLog, "logId" | "lastNumber" | "acknowledge">;
   /** Pauses all that runs; goes on past failures and reports them itself. Nothing to do when nothing runs. */
@@ -120,7 +119,7 @@ export class ControlPlaneLink {
     const { logId, lastNumber } = events;
     const heartbeat: Heartbeat = {
       load: await this.#deps.load(sandboxes.length),
-      digest: digestOfSandboxes(sandboxes),
+      digest: digestOfSandboxes(sandboxes.map(({ phase: status, ...rest }) => ({ ...rest, status }))),
       eventLogId: logId,
       lastEventNumber: lastNumber,
     };

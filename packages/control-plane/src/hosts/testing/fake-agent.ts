@@ -11,6 +11,7 @@ import type { MessageInitShape } from "@bufbuild/protobuf";
 import { ConnectError, type ConnectRouter, type ServiceImpl } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { ERRORS, type ErrorCode, RookeryError } from "@rookery/protocol/errors";
+import { digestOfSandboxes } from "@rookery/protocol/sandbox-digest";
 import {
   ErrorInfoSchema,
   HostAgentService,
@@ -111,6 +112,17 @@ export class FakeAgent {
     this.events.push({ generation: sandbox?.generation ?? 0n, ...event, number });
     this.#changed.resolve();
     this.#changed = Promise.withResolvers();
+  }
+
+  /** What its heartbeat would say. */
+  get digest(): string {
+    return digestOfSandboxes(
+      [...this.sandboxes].map(([id, { phase, generation }]) => ({
+        id,
+        status: phase.toLowerCase(),
+        generation,
+      })),
+    );
   }
 
   callsOf(method: string): Call[] {
