@@ -30,6 +30,8 @@ export interface HostFacts {
   killProcess(identity: ProcessIdentity): Promise<undefined>;
   /** Ends every process of a uid that only VMMs of ours have: what a crash left without a record. */
   killProcessesOf(uid: number): Promise<void>;
+  /** The same where VMMs have the agent's own uid: by the working directory that only one VMM's processes have. */
+  killProcessesIn(directory: string): Promise<void>;
 }
 
 export interface ManagerConfig {

@@ -71,6 +71,7 @@ export async function openSimulatedHost(options: SimulatedHostOptions): Promise<
         return undefined;
       },
       killProcessesOf: () => Promise.resolve(),
+      killProcessesIn: () => Promise.resolve(),
     },
     cgroups: openSimulatedCgroups(join(dir, "cgroups"), processes, trouble),
     uidBase: undefined,

@@ -176,7 +176,7 @@ export class Places {
 
   /**
    * A process of a former agent, named by pid and start time; or one that never
-   * got into a record, named by its uid. A boot ends both.
+   * got into a record, named by its uid, or by its run directory where all have one uid. A boot ends both.
    */
   async #killLeftProcess(record: VmPlaceRecord, signal: AbortSignal): Promise<void> {
     const { host, logger, vmm } = this.#deps;
@@ -191,6 +191,7 @@ export class Places {
       await left?.kill();
     }
     if (record.uid !== 0) await host.killProcessesOf(record.uid);
+    else await host.killProcessesIn(record.runDir);
   }
 }
 

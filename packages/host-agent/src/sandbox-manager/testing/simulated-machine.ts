@@ -109,6 +109,7 @@ export function openSimulatedMachine(root: string, options: SimulatedMachineOpti
         return undefined;
       },
       killProcessesOf: async () => undefined,
+      killProcessesIn: async () => undefined,
     },
     vmm,
     rootDisk: openSimulatedDisks(trouble),
