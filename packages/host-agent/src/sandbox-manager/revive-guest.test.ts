@@ -16,11 +16,14 @@ const A = sandboxId("a");
 
 let root: string;
 let skippedMs: number;
+/** By how much waiting is shorter than it would be. */
+let haste: number;
 const closing: (() => Promise<void>)[] = [];
 
 beforeEach(() => {
   root = newRoot();
   skippedMs = 0;
+  haste = 1;
 });
 afterEach(async () => {
   for (const close of closing.splice(0)) await close();
@@ -34,7 +37,11 @@ async function start(
   const counts = { init: 0, knowsToken: 0 };
   const machine = openSimulatedMachine(root, {
     ...options,
-    clock: { ...systemClock, nowMs: () => Date.now() + skippedMs },
+    clock: {
+      ...systemClock,
+      nowMs: () => Date.now() + skippedMs,
+      after: (delayMs, run) => systemClock.after(delayMs / haste, run),
+    },
     trouble: (effect) => {
       if (effect === "guest.init") counts.init += 1;
       if (effect === "guest.knowsToken") counts.knowsToken += 1;
@@ -145,6 +152,32 @@ test("an init that fails is told, and tried again when its pause is over", async
   skippedMs += 1_100;
   expect(await manager.reviveGuest(A)).toBe(true);
   expect(memory()["accessToken"]).toBe(`token-of-${A}`);
+});
+
+test("a call that comes meanwhile waits for it, but not for ever", async () => {
+  const answer = Promise.withResolvers<boolean>();
+  const { manager, counts } = await start({ guest: () => ({ knowsToken: () => answer.promise }) });
+  const revived = manager.reviveGuest(A);
+  let used = 0;
+  const call = manager.withEnvd(A, async () => {
+    expect(counts.init).toBe(1);
+    used += 1;
+  });
+  await new Promise((resolve) => setImmediate(resolve));
+  expect(used).toBe(0);
+  answer.resolve(false);
+  expect(await revived).toBe(true);
+  await call;
+  expect(used).toBe(1);
+});
+
+test("a call that comes meanwhile does not wait for a guest that stays silent", async () => {
+  const { manager } = await start({ guest: () => ({ knowsToken: silent }) });
+  haste = 100;
+  const revived = manager.reviveGuest(A);
+  const first = await Promise.race([revived, manager.withEnvd(A, async () => "used")]);
+  expect(first).toBe("used");
+  expect(await revived).toBe(false);
 });
 
 test.each(["pause", "destroy"] as const)("a %s does not wait for a guest that is silent", async (command) => {

@@ -20,6 +20,8 @@ import { startGuest } from "./start-guest.ts";
 const FIRST_PAUSE_MS = 1_000;
 const LONGEST_PAUSE_MS = 60_000;
 const FORGOTTEN_AFTER_MS = 600_000;
+/** An envd that crashed is started again after a second, and under emulation needs a few more. */
+const REVIVAL_WAIT_MS = 10_000;
 
 /** See `SandboxOperations.reviveGuest`. */
 export function reviveGuest(core: Core, entry: SandboxEntry): Promise<boolean> {
@@ -34,6 +36,18 @@ export function reviveGuest(core: Core, entry: SandboxEntry): Promise<boolean> {
   });
   revivals.underWay = { promise, abort };
   return promise;
+}
+
+/**
+ * Waits for the revival that is under way, if there is one, and no longer than
+ * callers have patience: what they would hear meanwhile is that nobody answers.
+ */
+export async function awaitRevival(core: Core, entry: SandboxEntry): Promise<void> {
+  const { underWay } = entry.revivals;
+  if (underWay === undefined) return;
+  const tooLong = Promise.withResolvers<void>();
+  using _timer = core.deps.clock.after(REVIVAL_WAIT_MS, () => tooLong.resolve());
+  await Promise.race([underWay.promise, tooLong.promise]);
 }
 
 /** A command comes, or the agent ends: the revival lets go at once. */

@@ -26,7 +26,7 @@ import type {
   SandboxView,
   SnapshotView,
 } from "./sandbox.ts";
-import { endRevival, reviveGuest } from "./revive-guest.ts";
+import { awaitRevival, endRevival, reviveGuest } from "./revive-guest.ts";
 import { Snapshots, viewOfSnapshot } from "./snapshots.ts";
 import { asRookeryError, IncompleteUndo } from "./steps.ts";
 import { viewOfSandbox } from "./views.ts";
@@ -239,6 +239,8 @@ export class SandboxManager implements SandboxOperations {
   }
 
   async withEnvd<T>(id: SandboxId, use: (target: EnvdTarget, signal: AbortSignal) => Promise<T>): Promise<T> {
+    requirePhase(this.#entry(id), ["running"], "used");
+    await awaitRevival(this.#core, this.#entry(id));
     const entry = this.#entry(id);
     requirePhase(entry, ["running"], "used");
     const { placed } = entry;
