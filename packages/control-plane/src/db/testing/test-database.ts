@@ -6,7 +6,7 @@ import { Client } from "pg";
 import { afterAll, beforeAll, inject } from "vitest";
 import { type OpenDatabase, openDatabase } from "../database.ts";
 import { urlOf } from "../embedded-postgres.ts";
-import { TEMPLATE_DATABASE } from "./global-setup.ts";
+import { TEMPLATE_DATABASE } from "./test-server.ts";
 
 export interface TestDatabase extends OpenDatabase {
   url: string;
