@@ -93,12 +93,14 @@ export async function fleetScale(argv: readonly string[]): Promise<void> {
     const small = await lists(api);
     created.length = 0;
     const begun = meter(product, fleet.pid);
-    const seconds =
-      (await timed(() => fill(api, { count: Math.max(total - SMALL, SMALL), concurrency, created }))) / 1000;
+    const filling = performance.now();
+    const failures = await fill(api, { count: Math.max(total - SMALL, SMALL), concurrency, created });
+    const seconds = (performance.now() - filling) / 1000;
     const spent = begun();
     report("fleet-create-rate", "1/s", created.length / seconds, { runs: created.length });
     report("fleet-create-p50", "ms", quantile(created, 0.5), { runs: created.length });
     report("fleet-create-p99", "ms", quantile(created, 0.99), { runs: created.length });
+    report("fleet-create-failures", "1", failures, { runs: created.length });
     for (const [who, ms] of Object.entries(spent)) {
       report(`fleet-create-cpu-${who}`, "ms", ms / created.length, { runs: created.length });
     }
@@ -138,23 +140,36 @@ async function steady(product: Product, fleet: Fleet): Promise<void> {
   report("fleet-round-agents", "ms", of("agents"), { runs: ROUNDS });
 }
 
-/** Creates `count` sandboxes, `concurrency` at a time; their milliseconds are added to `created`. */
+/**
+ * Creates `count` sandboxes, `concurrency` at a time; their milliseconds are added
+ * to `created`. The answer is how many tries failed: on a machine that does much
+ * else, some time out. Gives up when more fail than are made.
+ */
 async function fill(
   api: Api,
   { count, concurrency, created }: { count: number; concurrency: number; created: number[] },
-): Promise<void> {
+): Promise<number> {
   let left = count;
+  let failures = 0;
   let said = Date.now();
   const worker = async (): Promise<void> => {
     while (left > 0) {
       left -= 1;
-      created.push(await timed(() => api.create({ timeout_sec: 0 })));
+      try {
+        created.push(await timed(() => api.create({ timeout_sec: 0 })));
+      } catch (cause) {
+        left += 1;
+        failures += 1;
+        if (failures > created.length + concurrency) throw cause;
+        if (failures <= 3) note(`a create failed: ${String(cause).slice(0, 300)}`, {});
+      }
       if (Date.now() - said < 30_000) continue;
       said = Date.now();
-      note(`${created.length} of ${count} created`, {});
+      note(`${created.length} of ${count} created`, { failures });
     }
   };
   await Promise.all(Array.from({ length: concurrency }, worker));
+  return failures;
 }
 
 /** One after the other, in turns with a call that does nothing. */

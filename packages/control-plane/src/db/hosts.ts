@@ -348,37 +348,55 @@ export async function recordComparison(db: Queryable, id: HostId): Promise<void>
     .execute();
 }
 
-/** Online hosts whose events no living replica reads are claimed; our own claims are renewed. */
+/**
+ * Online hosts whose events no living replica reads are claimed; our own claims
+ * are renewed when a third of their time has passed. All of ours are answered.
+ *
+ * With hundreds of hosts, a write to each at each look was most of what an idle
+ * database did: a host that registers makes every replica look.
+ */
 export async function claimEventReading(
   db: Queryable,
   options: { reader: string; leaseMs: number; limit: number },
 ): Promise<HostRecord[]> {
+  const { reader, leaseMs, limit } = options;
+  const isFresh = sql<boolean>`event_reader_until > now() + ${interval((leaseMs * 2) / 3)}`;
   const rows = await db
-    .updateTable("hosts")
-    .set({
-      event_reader: options.reader,
-      event_reader_until: sql<Date>`now() + ${interval(options.leaseMs)}`,
-    })
-    .where((eb) =>
-      claimed(
-        eb
-          .selectFrom("hosts")
-          .select("id")
-          .where("status", "=", "online")
-          .where((eb) =>
-            eb.or([
-              eb("event_reader", "=", options.reader),
-              eb("event_reader_until", "is", null),
-              eb("event_reader_until", "<", sql<Date>`now()`),
-            ]),
-          )
-          .orderBy(sql`event_reader is not distinct from ${options.reader}`, "desc")
-          .limit(options.limit)
-          .forUpdate()
-          .skipLocked(),
-      ),
+    .with("taken", (query) =>
+      query
+        .updateTable("hosts")
+        .set({ event_reader: reader, event_reader_until: sql<Date>`now() + ${interval(leaseMs)}` })
+        .where((eb) =>
+          claimed(
+            eb
+              .selectFrom("hosts")
+              .select("id")
+              .where("status", "=", "online")
+              .where((eb) =>
+                eb.or([
+                  eb.and([eb("event_reader", "=", reader), eb.not(isFresh)]),
+                  eb("event_reader_until", "is", null),
+                  eb("event_reader_until", "<", sql<Date>`now()`),
+                ]),
+              )
+              .orderBy(sql`event_reader is not distinct from ${reader}`, "desc")
+              .limit(limit)
+              .forUpdate()
+              .skipLocked(),
+          ),
+        )
+        .returningAll(),
     )
-    .returningAll()
+    .selectFrom("taken")
+    .selectAll()
+    .unionAll((eb) =>
+      eb
+        .selectFrom("hosts")
+        .selectAll()
+        .where("status", "=", "online")
+        .where("event_reader", "=", reader)
+        .where(isFresh),
+    )
     .execute();
   return rows.map(toHost);
 }

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
+import { sql } from "kysely";
 import { beforeEach, expect, test } from "vitest";
-import { findHost } from "../db/hosts.ts";
+import { claimEventReading, findHost } from "../db/hosts.ts";
 import { findSandbox, moveSandbox } from "../db/sandboxes.ts";
 import { claimOverdueSnapshots, insertSnapshot } from "../db/snapshots.ts";
 import { teamQuota } from "../db/teams.ts";
@@ -413,6 +414,45 @@ test("a snapshot that was cut short is deleted on its host and forgotten", async
   await sweep.round();
   assert.ok(!host.agent.snapshots.has(id));
   assert.deepEqual(await claimOverdueSnapshots(plane.deps.db, { limit: 10, leaseMs: 0 }), []);
+});
+
+test("a claim on a host's events is written anew only when it has aged, and answered each time", async () => {
+  const leaseMs = 9_000;
+  const claim = async (reader: string) =>
+    (await claimEventReading(plane.deps.db, { reader, leaseMs, limit: 1_000 })).some(
+      ({ id }) => id === host.id,
+    );
+  const row = () =>
+    plane.deps.db
+      .selectFrom("hosts")
+      .select([
+        "event_reader",
+        sql<string>`xmin`.as("version"),
+        sql<number>`extract(epoch from event_reader_until - now())::float8`.as("left_sec"),
+      ])
+      .where("id", "=", host.id)
+      .executeTakeFirstOrThrow();
+  const age = (leftSec: number) =>
+    plane.deps.db
+      .updateTable("hosts")
+      .set({ event_reader_until: sql<Date>`now() + make_interval(secs => ${leftSec})` })
+      .where("id", "=", host.id)
+      .execute();
+  assert.equal(await claim("replica-a"), true);
+  const claimedRow = await row();
+  assert.equal(await claim("replica-a"), true);
+  assert.equal((await row()).version, claimedRow.version, "nothing was written");
+  assert.equal(await claim("replica-b"), false);
+
+  await age(5);
+  assert.equal(await claim("replica-b"), false);
+  assert.equal(await claim("replica-a"), true);
+  assert.ok((await row()).left_sec > 6, "renewed");
+
+  await age(-1);
+  assert.equal(await claim("replica-b"), true);
+  assert.equal((await row()).event_reader, "replica-b");
+  assert.equal(await claim("replica-a"), false);
 });
 
 function openReader(name: string): EventReader {
