@@ -349,6 +349,7 @@ test("a VM that ends under a call is a guest_error", async () => {
   await refused(client.exec({ sandboxId: ID, command: { cmd: "x" } }), "guest_error");
 });
 
+// Megabytes through four programs: on a busy machine that takes seconds.
 test("a file goes to the guest and comes back, byte for byte", async () => {
   let stored: Buffer = Buffer.alloc(0);
   await using fake = await startFakeEnvd({
@@ -377,7 +378,7 @@ test("a file goes to the guest and comes back, byte for byte", async () => {
   assert.equal(size, BigInt(5 << 20));
   assert(Buffer.concat(back).equals(stored));
   assert.equal(operations.uses, 0);
-});
+}, 60_000);
 
 test("an upload without a name, or with a second one, is refused", async () => {
   async function* nameless() {
