@@ -37,6 +37,7 @@ const MEANINGS: Record<ErrorCode, Meaning> = {
   invalid_token: {
     cause: "A host's registration, access or refresh token is unknown, spent, expired or revoked.",
     remedy: "Agents renew by themselves; a host that can't needs a new registration token.",
+    details: "`reason` (`host_deleted`, `host_revoked`), to who proves to be that host",
   },
   forbidden: { cause: "The key's role does not allow this.", remedy: "Use a platform key." },
   not_found: {
@@ -63,9 +64,9 @@ const MEANINGS: Record<ErrorCode, Meaning> = {
     remedy: "Take another, or `overwrite` where the call has it.",
   },
   host_has_sandboxes: {
-    cause: "The host still has sandboxes.",
-    remedy: "Drain it, or destroy them.",
-    details: "`sandboxes`",
+    cause: "Sandboxes, or snapshots that are nowhere else, would end with the host.",
+    remedy: "Drain it and wait, destroy them, or `force=true`.",
+    details: "`sandboxes`, `snapshots` (100 each at most), `sandbox_count`, `snapshot_count`",
   },
   idempotency_mismatch: {
     cause: "This `Idempotency-Key` was used with another body.",
