@@ -199,6 +199,22 @@ test("an agent that was killed goes on with its credentials; destroy-all ends it
   assert.deepEqual(await listOwnedCgroups(cgroup), []);
 });
 
+test("a host that is ended forgets who it was, and its agent ends and says why", async () => {
+  const agent = await serving(serveArgs().slice(1)); // `serve` goes without saying
+  let stderr = "";
+  agent.stderr!.setEncoding("utf8").on("data", (text: string) => (stderr += text));
+  const authorization = `Bearer ${await sign(HOST_ID)}`;
+  const client = createClient(
+    HostAgentService,
+    createConnectTransport({ baseUrl: `http://${registered!.address}`, httpVersion: "2" }),
+  );
+  await client.endHost({ clusterId: "cluster-1" }, { headers: { authorization } });
+  assert.deepEqual(await once(agent, "close"), [78, null]);
+  assert.match(stderr, /this host was deleted/);
+  assert(!existsSync(join(dir, "data", "credentials.json")));
+  assert.match((await runAgent(["serve"])).stderr, /not registered/);
+});
+
 test("two agents with one token: one wins, and the other says that it was refused", async () => {
   used.add("token");
   const { code, stderr } = await runAgent(serveArgs());

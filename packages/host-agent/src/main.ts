@@ -14,6 +14,7 @@ import type { Actions } from "./cli/app.ts";
 import { printImageProgress, renderImages } from "./cli/output.ts";
 import { readConfig } from "./config.ts";
 import type { Config, ConfigFlags } from "./config.ts";
+import { HostEnded } from "./control-plane/host-ending.ts";
 import { diagnose } from "./doctor/doctor.ts";
 import { hostProbes } from "./doctor/host-probes.ts";
 import { renderDiagnosis } from "./doctor/render.ts";
@@ -117,9 +118,12 @@ function openLogger(settings: Config, fd: 1 | 2): Logger {
 
 const app = buildAgentApp(actions, {
   version: packageJson.version,
-  exitCodeOf: (error) => (error instanceof RookeryError && error.code === "invalid_token" ? 3 : 1),
+  exitCodeOf: (error) => {
+    if (error instanceof HostEnded) return 78;
+    return error instanceof RookeryError && error.code === "invalid_token" ? 3 : 1;
+  },
   wordsOf: (error) => {
-    if (error instanceof RookeryError) return `rookery-agent: ${error.message}`;
+    if (error instanceof RookeryError || error instanceof HostEnded) return `rookery-agent: ${error.message}`;
     return `rookery-agent: ${error instanceof Error ? (error.stack ?? error.message) : String(error)}`;
   },
 });

@@ -10,6 +10,7 @@ import { RookeryError } from "@rookery/protocol/errors";
 import type { Logger } from "pino";
 import type { Config } from "./config.ts";
 import { REFRESH_FAILPOINTS } from "./control-plane/control-plane-link.ts";
+import { END_FAILPOINTS } from "./control-plane/host-ending.ts";
 import { REGISTER_FAILPOINTS } from "./control-plane/register.ts";
 import { Failpoints } from "./failpoints/failpoints.ts";
 import type { GuestNetworkDriver } from "./guest-network/guest-network.ts";
@@ -219,7 +220,7 @@ function placeMaker(places: Promise<Places>): PlaceMaker {
 }
 
 function credentialFailpoints(): string[] {
-  return [...REGISTER_FAILPOINTS, ...REFRESH_FAILPOINTS].flatMap((name) => [
+  return [...REGISTER_FAILPOINTS, ...REFRESH_FAILPOINTS, ...END_FAILPOINTS].flatMap((name) => [
     `${name}.before`,
     `${name}.after`,
   ]);

@@ -15,6 +15,7 @@ import type { Heartbeat, HostDescription, Send } from "./control-plane/control-p
 import { ControlPlaneLink } from "./control-plane/control-plane-link.ts";
 import { CredentialStore } from "./control-plane/credentials.ts";
 import type { Credentials } from "./control-plane/credentials.ts";
+import { HostEnded, HostEnding } from "./control-plane/host-ending.ts";
 import { isNewRegistration, registerHost } from "./control-plane/register.ts";
 import { openAgent } from "./open-agent.ts";
 import type { Agent, World } from "./open-agent.ts";
@@ -48,34 +49,72 @@ export interface Serving {
   agent: Agent;
 }
 
-/** Returns when `stop` aborts and what was under way has ended. */
+/**
+ * Returns when `stop` aborts and what was under way has ended. Throws `HostEnded`
+ * when the host was deleted, and its agent has nothing more to do.
+ */
 export async function serve(config: Config, options: ServeOptions): Promise<void> {
   const { logger, stop, world = {} } = options;
-  const { clock = systemClock, random = Math.random } = world;
   const store = await CredentialStore.open(config.dataDir);
   const url = config.controlPlaneUrl ?? store.current?.controlPlaneUrl;
-  if (url === undefined || (config.registrationToken === undefined && store.current === undefined)) {
+  const token = config.registrationToken;
+  const isRegistered = store.current !== undefined || (url !== undefined && token !== undefined);
+  if (!isRegistered && !store.isEnding) {
     throw new RookeryError(
       "invalid_request",
       "This host is not registered: start with --control-plane URL --register TOKEN",
     );
   }
-  // The next start without the flag finds it there too.
-  if (store.current !== undefined && store.current.controlPlaneUrl !== url) {
-    await store.replace({ ...store.current, controlPlaneUrl: url });
-  }
   const ca =
     config.controlPlaneCaFile === undefined ? undefined : await readAuthorities(config.controlPlaneCaFile);
-  await using client = new ControlPlaneClient(url, { timeoutMs: EXCHANGE_TIMEOUT_MS, ca, send: world.send });
   await using agent = await openAgent({ config, logger, signal: stop, world });
+  const ending = new HostEnding({
+    store,
+    destroyEverything: () => agent.manager.destroyEverything(),
+    clock: world.clock ?? systemClock,
+    logger,
+    reach: (name) => agent.failpoints.reach(name),
+  });
+  if (store.isEnding) await ending.end(); // gone on with; then it may become another host
+  if (!isRegistered || url === undefined) throw new HostEnded();
+  await serveRegistered(agent, { ...options, config, store, url, ca, ending });
+  if (ending.signal.aborted) {
+    await ending.end();
+    throw new HostEnded();
+  }
+  logger.info({}, "stopped; sandboxes stay");
+}
+
+interface Registered extends ServeOptions {
+  config: Config;
+  store: CredentialStore;
+  url: string;
+  /** PEM of the authorities that the control plane's certificate may come from. */
+  ca: string | undefined;
+  ending: HostEnding;
+}
+
+async function serveRegistered(agent: Agent, serving: Registered): Promise<void> {
+  const { config, logger, store, url, ending, world = {} } = serving;
+  const { clock = systemClock, random = Math.random } = world;
   const { manager, envd, failpoints } = agent;
   const certificate = config.tls
     ? await openCertificate(config.dataDir, { nowMs: () => systemClock.nowMs(), randomBytes })
     : undefined;
   const token = config.registrationToken;
-  if (token === undefined || !isNewRegistration(store.current, token)) {
-    requireRegistered(store.current!, certificate?.fingerprint);
+  if (store.current !== undefined && (token === undefined || !isNewRegistration(store.current, token))) {
+    requireRegistered(store.current, certificate?.fingerprint);
   }
+  // The next start without the flag finds it there too.
+  if (store.current !== undefined && store.current.controlPlaneUrl !== url) {
+    await store.replace({ ...store.current, controlPlaneUrl: url });
+  }
+  await using client = new ControlPlaneClient(url, {
+    timeoutMs: EXCHANGE_TIMEOUT_MS,
+    ca: serving.ca,
+    send: world.send,
+  });
+  const stop = AbortSignal.any([serving.stop, ending.signal]);
 
   // First the server: once registered, the control plane may call at any moment.
   const server = await startRpcServer({
@@ -84,6 +123,7 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
     trust: () => store.current,
     operations: manager,
     envd,
+    endHost: () => ending.end(),
     clock,
     logger,
   });
@@ -92,8 +132,15 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
     const address = textOf({ ...config.address, port: config.address.port || server.address.port });
     if (token !== undefined) {
       const found = { address, certificateFingerprint: certificate?.fingerprint };
-      const host = await describeHost(agent, config, { ...found, version: options.version });
-      await registerHost({ client, store, controlPlaneUrl: url, reach }, token, host, stop);
+      const host = await describeHost(agent, config, { ...found, version: serving.version });
+      try {
+        await registerHost({ client, store, controlPlaneUrl: url, reach }, token, host, stop);
+      } catch (err) {
+        // Sandboxes that are here need their agent, and it has credentials that may be good.
+        if (store.current === undefined || !isRefusal(err)) throw err;
+        logger.error({ err }, "not registered anew: going on as the host that this was");
+        requireRegistered(store.current, certificate?.fingerprint);
+      }
     }
     const registeredAt = store.current?.address;
     if (registeredAt !== undefined && registeredAt !== address) {
@@ -101,7 +148,7 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
     }
     logger.info({ ...server.address, hostId: store.current?.hostId, vmm: agent.vmm.kind }, "ready");
     const { hostId } = store.current ?? {};
-    if (hostId !== undefined) options.onReady?.({ hostId, address: server.address, agent });
+    if (hostId !== undefined) serving.onReady?.({ hostId, address: server.address, agent });
     await new ControlPlaneLink({
       client,
       store,
@@ -113,12 +160,17 @@ export async function serve(config: Config, options: ServeOptions): Promise<void
       load: (sandboxes) => readLoad(config.dataDir, sandboxes),
       events: manager.events,
       pauseAll: () => pauseAll(manager, logger),
+      endHost: () => ending.end(),
       reach,
     }).run(stop);
-    logger.info({}, "stopping: finishing what is under way; sandboxes stay");
+    if (!ending.signal.aborted) logger.info({}, "stopping: finishing what is under way");
   } finally {
     await server.close(config.intervals.stopGraceMs);
   }
+}
+
+function isRefusal(err: unknown): boolean {
+  return err instanceof RookeryError && err.code === "invalid_token";
 }
 
 /** An agent whose calls nobody can make would look alive: better that it does not start. VMs go on meanwhile. */
@@ -186,9 +238,13 @@ async function readLoad(dataDir: string, sandboxes: number): Promise<Heartbeat["
 }
 
 async function pauseAll(manager: SandboxManager, logger: Logger): Promise<void> {
-  const failures = await manager.pauseAll({
+  const { paused, frozen, failures } = await manager.pauseAll({
     reason: "control_plane_lost",
     message: "the host lost its control plane",
   });
+  if (paused.length + frozen.length > 0) {
+    logger.info({ paused: paused.length, frozen: frozen.length }, "paused what ran");
+  }
+  if (frozen.length > 0) logger.error({ frozen }, "no room on the disk: these are stopped in memory alone");
   for (const { id, error } of failures) logger.error({ sandbox: id, err: error }, "could not be paused");
 }

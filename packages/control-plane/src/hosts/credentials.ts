@@ -31,7 +31,7 @@ import {
 import type { HostId } from "../model/ids.ts";
 import type { Random } from "../model/new-ids.ts";
 import type { Cluster } from "./cluster.ts";
-import { hashToken, signHostAccess, verifyHostAccess } from "./tokens.ts";
+import { hashToken, signEndHost, signHostAccess, verifyHostAccess } from "./tokens.ts";
 
 export interface CredentialOptions {
   registrationMs: number;
@@ -95,7 +95,7 @@ export class HostCredentials {
     const host = await this.#deps.db.transaction().execute(async (tx) => {
       const shown = await lockRefreshToken(tx, hashToken(token));
       if (!shown || shown.isExpired) return undefined;
-      if (shown.hostEnd) throw endedHost(shown.hostEnd);
+      if (shown.hostEnd) throw await this.#endedHost(shown.hostId, shown.hostEnd);
       if (shown.isOutrun) {
         // Committed, not thrown: a rollback would leave the thief his token.
         await deleteRefreshTokens(tx, shown.hostId, "all");
@@ -129,7 +129,9 @@ export class HostCredentials {
     const answer = await recordHeartbeat(db, id, proof.epoch, heartbeat);
     if (answer) return answer;
     const end = await endOfHost(db, id);
-    throw end ? endedHost(end) : new RookeryError("invalid_token", "The access token is good no more.");
+    throw end
+      ? await this.#endedHost(id, end)
+      : new RookeryError("invalid_token", "The access token is good no more.");
   }
 
   #access(host: { id: HostId; epoch: number }): Promise<string> {
@@ -140,11 +142,19 @@ export class HostCredentials {
   #newToken(prefix: string): string {
     return `${prefix}${Buffer.from(this.#deps.random(32)).toString("hex")}`;
   }
-}
 
-/** Said only to who proved to be that host: its agent tells by it what to do with what it has. */
-function endedHost(reason: HostEnd): RookeryError {
-  const words =
-    reason === "host_deleted" ? "This host was deleted." : "This host's credentials were revoked.";
-  return new RookeryError("invalid_token", words, { details: { reason } });
+  /**
+   * Said only to who proved to be that host: its agent tells by it what to do
+   * with what it has. It destroys nothing without our signature below it.
+   */
+  async #endedHost(id: HostId, reason: HostEnd): Promise<RookeryError> {
+    const { cluster, now } = this.#deps;
+    if (reason === "host_revoked") {
+      return new RookeryError("invalid_token", "This host's credentials were revoked.", {
+        details: { reason },
+      });
+    }
+    const proof = await signEndHost(cluster, id, now());
+    return new RookeryError("invalid_token", "This host was deleted.", { details: { reason, proof } });
+  }
 }

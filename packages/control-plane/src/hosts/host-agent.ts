@@ -14,6 +14,8 @@ export type AgentPhase = "starting" | "running" | "pausing" | "paused" | "resumi
 export interface AgentSandbox {
   id: SandboxId;
   phase: AgentPhase;
+  /** Since when we have called it a stranger, if we have. */
+  strangerForMs?: number | undefined;
   generation: bigint;
   vcpus: number;
   memoryMb: number;
@@ -86,6 +88,11 @@ export interface HostAgent {
     signal?: AbortSignal,
   ): Promise<{ items: AgentSandbox[]; more: boolean }>;
 
+  /** No row knows it: its guest stops in memory, and its host remembers since when. */
+  freezeSandbox(id: SandboxId, signal: AbortSignal): Promise<AgentSandbox>;
+  /** A row knows it after all: it goes on. */
+  thawSandbox(id: SandboxId, signal: AbortSignal): Promise<AgentSandbox>;
+
   exec(id: SandboxId, command: AgentCommand, signal: AbortSignal): Promise<AgentExecResult>;
   writeFile(
     id: SandboxId,
@@ -112,4 +119,7 @@ export interface HostAgent {
     signal: AbortSignal,
   ): AsyncIterable<{ logId: string; event: AgentEvent | undefined }>;
   acknowledgeEvents(logId: string, number: bigint): Promise<void>;
+
+  /** The host was deleted: it destroys all that it has, forgets who it was, and its agent ends. */
+  endHost(signal: AbortSignal): Promise<void>;
 }

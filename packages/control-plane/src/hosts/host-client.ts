@@ -161,6 +161,20 @@ function hostAgent(client: Client<typeof HostAgentService>, options: HostClientO
         return { items: sandboxes.map(fromSandbox), more };
       }, signal),
 
+    freezeSandbox: (sandboxId, signal) =>
+      repeatable(
+        async () =>
+          fromSandbox((await client.freezeSandbox({ sandboxId, clusterId }, { timeoutMs, signal })).sandbox),
+        signal,
+      ),
+    thawSandbox: (sandboxId, signal) =>
+      repeatable(
+        async () =>
+          fromSandbox((await client.thawSandbox({ sandboxId, clusterId }, { timeoutMs, signal })).sandbox),
+        signal,
+      ),
+    endHost: (signal) => once(async () => void (await client.endHost({ clusterId }, { signal })), signal),
+
     exec: (sandboxId, command, signal) =>
       once(async () => {
         const answer = await client.exec(

@@ -59,6 +59,25 @@ export async function verifyHostAccess(
   }
 }
 
+/**
+ * Says to a host's agent that the host was deleted: it destroys all that it has.
+ * Signed, since an answer alone could come from whoever stands between us.
+ */
+export async function signEndHost(
+  cluster: Pick<Cluster, "signingKey">,
+  host: HostId,
+  nowMs: number,
+): Promise<string> {
+  const now = Math.floor(nowMs / 1000);
+  return new SignJWT({ purpose: "end-host" })
+    .setProtectedHeader({ alg: ALGORITHM })
+    .setIssuer(ISSUER)
+    .setAudience(host)
+    .setIssuedAt(now)
+    .setExpirationTime(now + COMMAND_SEC)
+    .sign(cluster.signingKey);
+}
+
 /** Signs what commands a host; the same one serves for half its life. */
 export function commandTokens(cluster: Cluster, now: () => number): (host: HostId) => Promise<string> {
   const known = new Map<HostId, { token: Promise<string>; madeAt: number }>();

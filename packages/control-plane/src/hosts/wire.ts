@@ -51,6 +51,7 @@ export function fromSandbox(wire: WireSandbox | undefined): AgentSandbox {
   return {
     id: fromId(wire.sandboxId),
     phase,
+    strangerForMs: wire.strangerForMs === undefined ? undefined : Number(wire.strangerForMs),
     generation: wire.generation,
     vcpus: wire.vcpus,
     memoryMb: wire.memoryMb,

@@ -2,6 +2,7 @@
 import assert from "node:assert/strict";
 import type { Queryable } from "../db/database.ts";
 import { RookeryError } from "@rookery/protocol/errors";
+import { jwtVerify } from "jose";
 import { beforeEach, expect, test } from "vitest";
 import { changeHost, deleteHost, revokeHost } from "../db/host-end.ts";
 import { findSandbox, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
@@ -207,9 +208,16 @@ test("a deleted host is refused by name of the reason, whatever it shows, and by
     code: "forbidden",
   });
   await services.deleteHost(operator, host.id, { force: true });
-  const refused = { code: "invalid_token", details: { reason: "host_deleted" } };
-  await assert.rejects(beat(), refused);
-  await assert.rejects(services.refreshHostTokens(host.refreshToken), refused);
+  for (const call of [() => beat(), () => services.refreshHostTokens(host.refreshToken)]) {
+    const refusal: unknown = await call().catch((cause: unknown) => cause);
+    assert.ok(refusal instanceof RookeryError);
+    assert.equal(refusal.code, "invalid_token");
+    assert.equal(refusal.details?.["reason"], "host_deleted");
+    // What its agent demands before it destroys anything: host-agent/src/rpc/auth.ts.
+    const { payload } = await jwtVerify(String(refusal.details["proof"]), plane.deps.cluster.verifyingKey);
+    const { purpose, aud, iss } = payload;
+    assert.deepEqual([purpose, aud, iss], ["end-host", host.id, "rookery-control-plane"]);
+  }
   await assert.rejects(services.newRegistrationToken(operator, host.id), { code: "not_found" });
   await beat(second);
 });
@@ -233,7 +241,7 @@ test("a silent host is deleted without waiting for it, and its work under way en
 
 test("a host that hangs holds its deletion up by the limit at most, and its rows are final all the same", async () => {
   const id = await create();
-  const held = holding("destroySandbox");
+  const held = holding("endHost");
   host.agent.before = held.hook;
   await plane.services.deleteHost(operator, host.id, { force: true });
   held.release();

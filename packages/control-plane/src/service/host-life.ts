@@ -58,7 +58,7 @@ export async function deleteHost(
   if (done.kind === "occupied") throw occupied(done.contents);
   deps.log.warn({ host: id, stopped: done.stopped.length }, "a host was deleted");
   try {
-    if (done.endpoint) await endHost(deps, done.endpoint, done.stopped, deps.options.destroyMs);
+    if (done.endpoint) await endHost(deps, done.endpoint, deps.options.destroyMs);
   } finally {
     deps.pool.retire(id, Infinity);
   }

@@ -3,7 +3,7 @@
  *
  * With --json, standard output holds JSON alone, one value a line; progress and
  * words for people go to standard error. Exit codes: 0 done, 1 failed, 3 the
- * registration token was refused, others (stricli's) not understood.
+ * registration token was refused, 78 the host was deleted, others (stricli's) not understood.
  */
 import { buildApplication, buildCommand, buildRouteMap, text_en } from "@stricli/core";
 import type { Application, CommandContext } from "@stricli/core";
@@ -81,6 +81,8 @@ export function buildAgentApp(
       image: buildRouteMap({ routes: { build, list }, docs: { brief: "Guest images" } }),
       destroyAll,
     },
+    // `rookery-agent --register TOKEN …` is how a machine becomes a host.
+    defaultCommand: "serve",
     aliases: { cleanup: "destroyAll" },
     docs: { brief: "Rookery's host agent: one per machine, runs its sandboxes" },
   });

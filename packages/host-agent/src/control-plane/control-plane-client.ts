@@ -10,6 +10,19 @@ import { z } from "zod";
 /** The control plane answered that it does not accept the token that was shown. */
 export class TokenRefused extends Error {
   override readonly name = "TokenRefused";
+  /** What the answer says of the host itself: nothing to rely on, save for what the proof proves. */
+  readonly hostEnd: HostEnd | undefined;
+
+  constructor(message: string, hostEnd?: HostEnd) {
+    super(message);
+    this.hostEnd = hostEnd;
+  }
+}
+
+export interface HostEnd {
+  reason: "host_deleted" | "host_revoked";
+  /** A statement of the control plane, signed with its key (rpc/auth.ts). */
+  proof?: string | undefined;
 }
 
 export interface HostDescription {
@@ -42,6 +55,14 @@ const registrationSchema = z.object({
 });
 const heartbeatSchema = z.object({ acknowledged_event: z.int().min(0).transform(BigInt) });
 const refreshSchema = z.object({ access_token: z.string().min(1), refresh_token: z.string().min(1) });
+const hostEndSchema = z.object({
+  error: z.object({
+    details: z.object({
+      reason: z.enum(["host_deleted", "host_revoked"]),
+      proof: z.string().max(4_096).optional(),
+    }),
+  }),
+});
 const failureSchema = z.object({ error: z.object({ code: z.string(), message: z.string() }) });
 
 const MAX_ANSWER_BYTES = 64 << 10;
@@ -141,7 +162,10 @@ export class ControlPlaneClient {
       signal: limit,
     });
     const answer = parseAnswer(await readText(body));
-    if (statusCode === 401 || statusCode === 403) throw new TokenRefused(wordsOf(path, statusCode, answer));
+    if (statusCode === 401 || statusCode === 403) {
+      const end = hostEndSchema.safeParse(answer);
+      throw new TokenRefused(wordsOf(path, statusCode, answer), end.data?.error.details);
+    }
     if (statusCode < 200 || statusCode > 299) throw new Error(wordsOf(path, statusCode, answer));
     const parsed = call.answer.safeParse(answer);
     if (!parsed.success) throw new Error(`${path}: the answer is not understood: ${parsed.error.message}`);

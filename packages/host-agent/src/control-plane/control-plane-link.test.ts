@@ -8,6 +8,7 @@ import { join } from "node:path";
 import { digestOfSandboxes } from "@rookery/protocol/sandbox-digest";
 import { SignJWT } from "jose";
 import { afterEach, beforeEach, expect, test } from "vitest";
+import { commandTokens, signEndHost } from "../../../control-plane/src/hosts/tokens.ts";
 import { removeTree } from "../host/atomic-file.ts";
 import { systemClock } from "../sandbox-manager/clock.ts";
 import { ControlPlaneClient } from "./control-plane-client.ts";
@@ -16,6 +17,7 @@ import type { LinkDeps } from "./control-plane-link.ts";
 import { CredentialStore } from "./credentials.ts";
 import { REGISTER_FAILPOINTS, registerHost } from "./register.ts";
 
+type HostId = Parameters<typeof signEndHost>[1];
 const HOST_ID = "host-abcdefghijklmnopqrst";
 const { publicKey, privateKey } = generateKeyPairSync("ed25519");
 const controlPlaneKey = publicKey.export({ format: "der", type: "spki" }).toString("base64");
@@ -28,6 +30,8 @@ class FakeControlPlane {
   /** The refresh token in use, and its successor that was made but not shown yet. */
   family: string[] = ["refresh-0"];
   fails: number | "hang" | "garbage" | "endless" | undefined;
+  /** What it says of the host with each refusal. */
+  hostEnd: { reason: string; proof?: string } | undefined;
   acknowledged = 0;
   nowSec = () => Math.floor(Date.now() / 1000);
   #server: Server | undefined;
@@ -52,7 +56,10 @@ class FakeControlPlane {
         if (this.fails !== undefined) return void response.writeHead(this.fails).end();
         void this.#answer(request.url!, request.headers.authorization, body).then(
           (answer) => response.end(JSON.stringify(answer)),
-          () => response.writeHead(401).end('{"error":{"code":"invalid_token","message":"no"}}'),
+          () => {
+            const error = { code: "invalid_token", message: "no", details: this.hostEnd };
+            response.writeHead(401).end(JSON.stringify({ error }));
+          },
         );
       });
     });
@@ -113,6 +120,7 @@ let store: CredentialStore;
 let deps: LinkDeps;
 let nowMs: number;
 let pauses: number;
+let ends: number;
 let acknowledged: bigint[];
 let failAt: string | undefined;
 let reached: Set<string>;
@@ -145,6 +153,7 @@ beforeEach(async () => {
   store = await CredentialStore.open(dir);
   nowMs = 0;
   pauses = 0;
+  ends = 0;
   acknowledged = [];
   failAt = undefined;
   reached = new Set();
@@ -163,6 +172,7 @@ beforeEach(async () => {
       acknowledge: async (_logId, number) => void acknowledged.push(number),
     },
     pauseAll: async () => void (pauses += 1),
+    endHost: async () => void (ends += 1),
     reach,
   };
 });
@@ -269,6 +279,71 @@ test("a refused refresh pauses everything at once, again while it lasts, and tru
   await link.beat(signal);
   assert.equal(link.isLost, false);
   assert.equal(pauses, 2);
+});
+
+test("only a statement that the control plane signed for this host ends it; else everything is paused", async () => {
+  await register();
+  plane.accepts.clear();
+  plane.family = [];
+  const stranger = generateKeyPairSync("ed25519").privateKey;
+  const now = () => Date.now();
+  const other = "host-zzzzzzzzzzzzzzzzzzzz" as HostId;
+  const good = await signEndHost({ signingKey: privateKey }, HOST_ID as HostId, now());
+  const cases: Record<string, string | undefined> = {
+    "no proof": undefined,
+    forged: await signEndHost({ signingKey: stranger }, HOST_ID as HostId, now()),
+    "for another host": await signEndHost({ signingKey: privateKey }, other, now()),
+    old: await signEndHost({ signingKey: privateKey }, HOST_ID as HostId, now() - 125_000),
+    "a command's token": await commandTokens({ signingKey: privateKey } as never, now)(HOST_ID as HostId),
+    "no token at all": "deleted",
+    "its own access token": store.current!.accessToken,
+  };
+  for (const [name, proof] of Object.entries(cases)) {
+    pauses = 0;
+    plane.hostEnd = { reason: "host_deleted", ...(proof !== undefined && { proof }) };
+    const link = new ControlPlaneLink(deps);
+    await link.beat(signal);
+    assert.equal(link.isLost, true, name);
+    await expect.poll(() => pauses).toBe(1);
+    assert.equal(ends, 0, name);
+  }
+  plane.hostEnd = { reason: "host_deleted", proof: good };
+  plane.calls = [];
+  await new ControlPlaneLink(deps).beat(signal);
+  assert.equal(ends, 1);
+  assert.deepEqual(plane.paths(), ["heartbeat"]);
+});
+
+test("a refusal of the refresh may bring the proof too", async () => {
+  await register();
+  plane.family = [];
+  const proof = await signEndHost({ signingKey: privateKey }, HOST_ID as HostId, Date.now() + 900_000);
+  plane.hostEnd = { reason: "host_deleted", proof };
+  nowMs = 900_000; // the access token is due
+  await new ControlPlaneLink(deps).beat(signal);
+  assert.equal(ends, 1);
+  assert.deepEqual(plane.paths(), ["register", "refresh"]);
+});
+
+test("a revoked host pauses everything, says what to do, and serves again once it is trusted", async () => {
+  await register();
+  plane.accepts.clear();
+  const { family } = plane;
+  plane.family = [];
+  plane.hostEnd = { reason: "host_revoked" };
+  const words: string[] = [];
+  deps.logger = { ...deps.logger, error: (_facts, message) => void words.push(message) };
+  const link = new ControlPlaneLink(deps);
+  await link.beat(signal);
+  await link.beat(signal);
+  assert.equal(link.isLost, true);
+  assert.deepEqual(words, [
+    "this host's credentials were revoked; start the agent with a new registration token: pausing all sandboxes",
+  ]);
+  plane.family = family;
+  await link.beat(signal);
+  assert.equal(link.isLost, false);
+  assert.equal(ends, 0);
 });
 
 test("silence of any kind pauses everything when it lasts, and not before", async () => {

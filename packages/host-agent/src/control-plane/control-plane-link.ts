@@ -5,10 +5,12 @@
  * Invariants: a new refresh token is durable before it, or the access token
  * that came with it, is used; while the control plane is lost (its refusal of a
  * refresh, or silence for `lostAfterMs`), no sandbox stays running that can be
- * paused; the agent never stops trying.
+ * paused; the agent never stops trying, unless the control plane proves that the
+ * host was deleted. Without that proof nothing is ever destroyed.
  */
 import { digestOfSandboxes } from "@rookery/protocol/sandbox-digest";
 import { decodeJwt } from "jose";
+import { provesHostEnd } from "../rpc/auth.ts";
 import { sleep } from "../sandbox-manager/clock.ts";
 import type { Clock } from "../sandbox-manager/clock.ts";
 import type { Logger } from "../sandbox-manager/deps.ts";
@@ -21,6 +23,12 @@ export const REFRESH_FAILPOINTS = ["refresh.request", "refresh.store"] as const;
 
 /** An access token is renewed when this much of its life has passed. */
 const RENEW_AT = 0.8;
+const LOST = {
+  refused: "the control plane refuses this host",
+  host_revoked: "this host's credentials were revoked; start the agent with a new registration token",
+  host_deleted: "the control plane says, without a proof, that this host was deleted",
+  silent: "the control plane is not heard",
+} as const;
 /** Hosts that started together must not beat together for ever. */
 const JITTER = 0.1;
 
@@ -41,6 +49,8 @@ export interface LinkDeps {
   events: Pick<HostEventLog, "logId" | "lastNumber" | "acknowledge">;
   /** Pauses all that runs; goes on past failures and reports them itself. Nothing to do when nothing runs. */
   pauseAll: () => Promise<void>;
+  /** The host was deleted, and that is proven: destroys all that it has, and ends the run. */
+  endHost: () => Promise<void>;
   /** Failpoint, by its name. */
   reach: (name: string) => void | Promise<void>;
 }
@@ -85,11 +95,12 @@ export class ControlPlaneLink {
       await this.#acknowledge(heard);
     } catch (err) {
       if (signal.aborted) return;
+      if (err instanceof TokenRefused && (await this.#isProvenEnd(err))) return await this.#end();
       const silentMs = clock.monotonicMs() - this.#heardAtMs;
       logger.warn({ err, silentMs: Math.round(silentMs) }, "no heartbeat got through");
       const isSilent = intervals.lostAfterMs > 0 && silentMs >= intervals.lostAfterMs;
-      if (err instanceof RefreshRefused || isSilent)
-        this.#lose(err instanceof RefreshRefused ? "refused" : "silent");
+      if (err instanceof RefreshRefused) this.#lose(err.hostEnd?.reason ?? "refused");
+      else if (isSilent) this.#lose("silent");
     }
   }
 
@@ -108,7 +119,7 @@ export class ControlPlaneLink {
     try {
       return await this.#heartbeat(credentials, signal);
     } catch (cause) {
-      if (!(cause instanceof TokenRefused)) throw cause;
+      if (!(cause instanceof TokenRefused) || (await this.#isProvenEnd(cause))) throw cause;
       return await this.#heartbeat(await this.#refresh(credentials, signal), signal);
     }
   }
@@ -148,7 +159,7 @@ export class ControlPlaneLink {
     try {
       tokens = await client.refresh(credentials.refreshToken, signal);
     } catch (cause) {
-      if (cause instanceof TokenRefused) throw new RefreshRefused(cause.message, { cause });
+      if (cause instanceof TokenRefused) throw new RefreshRefused(cause.message, cause.hostEnd);
       throw cause;
     }
     await reach("refresh.request.after");
@@ -159,9 +170,22 @@ export class ControlPlaneLink {
     return next;
   }
 
-  #lose(why: "refused" | "silent"): void {
+  async #isProvenEnd({ hostEnd }: TokenRefused): Promise<boolean> {
+    if (hostEnd?.proof === undefined) return false;
+    return await provesHostEnd(hostEnd.proof, this.#credentials(), this.#deps.clock.nowMs());
+  }
+
+  async #end(): Promise<void> {
+    try {
+      await this.#deps.endHost();
+    } catch (err) {
+      this.#deps.logger.error({ err }, "this host was deleted, and something is left on it");
+    }
+  }
+
+  #lose(why: keyof typeof LOST): void {
     const { logger, pauseAll } = this.#deps;
-    if (!this.#lost) logger.error({ why }, "the control plane is lost: pausing all sandboxes");
+    if (!this.#lost) logger.error({ why }, `${LOST[why]}: pausing all sandboxes`);
     this.#lost = true;
     // Again at each beat while lost: what could not be paused is tried anew.
     this.#pausing ??= pauseAll()
@@ -192,9 +216,7 @@ interface Heard {
 }
 
 /** The end of trust until an operator, or the control plane's own recovery, restores it. */
-class RefreshRefused extends Error {
-  override readonly name = "RefreshRefused";
-}
+class RefreshRefused extends TokenRefused {}
 
 /** Read without verifying: it is the control plane's own token, and only tells us when to ask for another. */
 function lifeOf(accessToken: string): { iat?: number | undefined; exp?: number | undefined } {

@@ -2,9 +2,9 @@
  * What this host proves itself with, and whom it obeys: DATA/credentials.json,
  * 0600, replaced as a whole and made durable before anything of it is used.
  */
-import { join } from "node:path";
+import { dirname, join } from "node:path";
 import { z } from "zod";
-import { readJson, writeFileAtomic } from "../host/atomic-file.ts";
+import { readJson, removeTree, syncDirectory, writeFileAtomic } from "../host/atomic-file.ts";
 import { isErrno } from "../host/errno.ts";
 
 const credentialsSchema = z.object({
@@ -23,6 +23,8 @@ const credentialsSchema = z.object({
   certificateFingerprint: z.string().optional(),
   /** SHA-256 of the registration token that these came from: the same token again is no new registration. */
   registeredWith: z.string(),
+  /** The host was deleted: nothing of this counts, and it is here only until all that the host has is destroyed. */
+  ended: z.literal(true).optional(),
 });
 export type Credentials = Readonly<z.output<typeof credentialsSchema>>;
 
@@ -45,13 +47,30 @@ export class CredentialStore {
     }
   }
 
+  /** Undefined for a host that nobody registered, or that has ended. */
   get current(): Credentials | undefined {
-    return this.#current;
+    return this.#current?.ended === true ? undefined : this.#current;
+  }
+
+  /** Was the host deleted, and is there something left of it? */
+  get isEnding(): boolean {
+    return this.#current?.ended === true;
   }
 
   /** Durable when it returns; only then does `current` change. */
   async replace(next: Credentials): Promise<void> {
     await writeFileAtomic(this.#path, `${JSON.stringify(next, undefined, 2)}\n`, { mode: 0o600, sync: true });
     this.#current = next;
+  }
+
+  /** From here on the host obeys nobody, also after a crash. */
+  async markEnded(): Promise<void> {
+    if (this.#current !== undefined) await this.replace({ ...this.#current, ended: true });
+  }
+
+  async forget(): Promise<void> {
+    await removeTree(this.#path);
+    await syncDirectory(dirname(this.#path));
+    this.#current = undefined;
   }
 }

@@ -183,6 +183,7 @@ async function serveAgent(): Promise<{ port: number } & AsyncDisposable> {
     trust: () => undefined,
     operations,
     envd,
+    endHost: async () => undefined,
     clock: systemClock,
     logger: pino({ level: "silent" }),
   });

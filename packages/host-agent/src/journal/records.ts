@@ -100,6 +100,10 @@ export const sandboxRecordSchema = z.object({
   thawing: z.object({ diskMark: z.string() }).optional(),
   /** A snapshot being made; `switching` is set before the VMM may change tops. */
   fork: z.object({ snapshotId: snapshotIdSchema, layerId: layerIdSchema, switching: z.boolean() }).optional(),
+  /** There was no room for a pause: its guest is stopped in memory (sandbox-manager/holding.ts). */
+  frozen: z.object({ sinceMs: epochMs }).optional(),
+  /** The control plane has no row of it: its guest is stopped in memory, if it ran. */
+  stranger: z.object({ sinceMs: epochMs }).optional(),
   startedAtMs: epochMs,
   /** Absolute lifetimes count from here. */
   lifetimeSinceMs: epochMs,

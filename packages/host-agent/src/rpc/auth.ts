@@ -9,6 +9,7 @@ import { createPublicKey } from "node:crypto";
 import type { KeyObject } from "node:crypto";
 import { RookeryError } from "@rookery/protocol/errors";
 import { jwtVerify } from "jose";
+import type { JWTPayload } from "jose";
 import type { Clock } from "../sandbox-manager/clock.ts";
 
 export const CONTROL_PLANE_ISSUER = "rookery-control-plane";
@@ -63,20 +64,46 @@ export class TokenVerifier {
 
   async #check(token: string, key: KeyObject, hostId: string, nowMs: number): Promise<number> {
     try {
-      const { payload } = await jwtVerify(token, key, {
-        algorithms: ["EdDSA", "Ed25519"],
-        issuer: CONTROL_PLANE_ISSUER,
-        audience: hostId,
-        clockTolerance: LEEWAY_SEC,
-        currentDate: new Date(nowMs),
-        maxTokenAge: MAX_LIFE_SEC,
-        requiredClaims: ["exp"],
-      });
+      const payload = await verifyStatement(token, key, hostId, nowMs);
+      // A statement for another purpose is no command.
+      if (payload["purpose"] !== undefined) throw new Error("the token is for something else");
       return payload.exp! * 1000;
     } catch (cause) {
       throw new RookeryError("invalid_token", "The token is not valid for this host", { cause });
     }
   }
+}
+
+/**
+ * Does the control plane itself say that this host was deleted? An answer of a
+ * server says so too, but whoever stands between can forge that, and what
+ * follows can't be undone.
+ */
+export async function provesHostEnd(proof: string, trust: Trust, nowMs: number): Promise<boolean> {
+  try {
+    const key = publicKeyOf(trust.controlPlaneKey);
+    return (await verifyStatement(proof, key, trust.hostId, nowMs))["purpose"] === "end-host";
+  } catch {
+    return false;
+  }
+}
+
+async function verifyStatement(
+  token: string,
+  key: KeyObject,
+  hostId: string,
+  nowMs: number,
+): Promise<JWTPayload> {
+  const { payload } = await jwtVerify(token, key, {
+    algorithms: ["EdDSA", "Ed25519"],
+    issuer: CONTROL_PLANE_ISSUER,
+    audience: hostId,
+    clockTolerance: LEEWAY_SEC,
+    currentDate: new Date(nowMs),
+    maxTokenAge: MAX_LIFE_SEC,
+    requiredClaims: ["exp"],
+  });
+  return payload;
 }
 
 export function publicKeyOf(spkiBase64: string): KeyObject {

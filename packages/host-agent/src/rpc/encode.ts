@@ -35,6 +35,8 @@ export function sandboxMessage(view: SandboxView): Sandbox {
     exitCode: view.exit?.code ?? "",
     exitMessage: view.exit?.message ?? "",
     startedAtUnixMs: int64(view.startedAtUnixMs),
+    inMemory: view.inMemory,
+    ...(view.strangerForMs !== undefined && { strangerForMs: int64(view.strangerForMs) }),
   });
 }
 

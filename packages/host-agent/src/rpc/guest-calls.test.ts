@@ -71,6 +71,7 @@ beforeEach(async () => {
   operations.sandboxes.set(ID, {
     id: ID,
     phase: "running",
+    inMemory: false,
     generation: 1n,
     vcpus: 1,
     memoryMb: 512,

@@ -58,6 +58,7 @@ beforeEach(async () => {
     trust: () => ({ hostId: HOST_ID, clusterId: "cluster-1", controlPlaneKey: spki }),
     operations,
     envd,
+    endHost: async () => undefined,
     clock: systemClock,
     logger: { debug() {}, info() {}, warn() {}, error() {} },
     strangerMs: 500,

@@ -4,7 +4,13 @@ import { connect as connectHttp2 } from "node:http2";
 import { Code, ConnectError, createClient } from "@connectrpc/connect";
 import type { Client } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-node";
-import { ErrorInfoSchema, HostAgentService, TimeoutAction, TimeoutMode } from "@rookery/protocol/hostagent";
+import {
+  ErrorInfoSchema,
+  HostAgentService,
+  SandboxPhase,
+  TimeoutAction,
+  TimeoutMode,
+} from "@rookery/protocol/hostagent";
 import { SignJWT, UnsecuredJWT } from "jose";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { EnvdClient } from "../guest/envd-client.ts";
@@ -33,6 +39,7 @@ const registered: Trust = { hostId: "host-1", clusterId: "cluster-1", controlPla
 let trust: Trust | undefined;
 let operations: FakeOperations;
 let envd: EnvdClient;
+let ends: number;
 let server: RpcServer;
 let authorization: string;
 let client: Client<typeof HostAgentService>;
@@ -48,6 +55,7 @@ const token = (claims: Record<string, unknown> = {}, lifeSec = 60): Promise<stri
 beforeEach(async () => {
   trust = registered;
   operations = fakeOperations();
+  ends = 0;
   envd = new EnvdClient({ ...GUEST_LIMITS, killGraceMs: 200 });
   lines = [];
   const log = (level: string) => (facts: object) => void lines.push({ level, facts: { ...facts } });
@@ -57,6 +65,7 @@ beforeEach(async () => {
     trust: () => trust,
     operations,
     envd,
+    endHost: async () => void (ends += 1),
     clock: systemClock,
     logger,
   });
@@ -169,6 +178,25 @@ test("requests that break a rule are refused by name, and reach nobody", async (
   assert.deepEqual(operations.calls, []);
 });
 
+test("a stranger is frozen and thawed, and the host is ended, by its own cluster alone", async () => {
+  await client.createSandbox(creation());
+  const clusterId = "cluster-1";
+  const { sandbox: frozen } = await client.freezeSandbox({ sandboxId: ID, clusterId });
+  assert.deepEqual([frozen?.phase, frozen?.inMemory, frozen?.strangerForMs], [SandboxPhase.PAUSED, true, 0n]);
+  const { sandbox: thawed } = await client.thawSandbox({ sandboxId: ID, clusterId });
+  assert.deepEqual(
+    [thawed?.phase, thawed?.inMemory, thawed?.strangerForMs],
+    [SandboxPhase.RUNNING, false, undefined],
+  );
+  await client.endHost({ clusterId });
+  assert.equal(ends, 1);
+  const wrong = { sandboxId: ID, clusterId: "cluster-2" };
+  await refused(client.freezeSandbox(wrong), "forbidden");
+  await refused(client.thawSandbox(wrong), "forbidden");
+  await refused(client.endHost({ clusterId: "cluster-2" }), "forbidden");
+  assert.equal(ends, 1);
+});
+
 test("an error of the table keeps its code, its status and its facts", async () => {
   await client.createSandbox(creation());
   const error = await refused(client.resumeSandbox({ operation: operation() }), "wrong_state");
@@ -232,6 +260,7 @@ test("forged, expired, unbounded and misdirected tokens are refused", async () =
         .setExpirationTime(now + 60)
         .sign(privateKey),
     ),
+    "for another purpose": await token({ purpose: "end-host" }),
     "alg none": new UnsecuredJWT(claims).setIssuedAt().setExpirationTime("60s").encode(),
     "alg HS256 with the public key": await new SignJWT(claims)
       .setProtectedHeader({ alg: "HS256" })
@@ -465,6 +494,7 @@ test("without TLS, an address that others can reach is refused", async () => {
         trust: () => trust,
         operations,
         envd,
+        endHost: async () => undefined,
         clock: systemClock,
         logger: { debug() {}, info() {}, warn() {}, error() {} },
       }),

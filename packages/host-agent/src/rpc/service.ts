@@ -21,6 +21,8 @@ export interface ServiceDeps {
   clock: Clock;
   /** Aborts when the agent takes its leave: streams without an end of their own end then. */
   closing: AbortSignal;
+  /** Destroys all that is on this host and lets the agent end; throws when something is left. */
+  endHost(): Promise<void>;
 }
 
 export function hostAgentService({
@@ -28,6 +30,7 @@ export function hostAgentService({
   envd,
   clock,
   closing,
+  endHost,
 }: ServiceDeps): ServiceImpl<typeof HostAgentService> {
   const border = (context: HandlerContext): decode.Border => {
     const trust = context.values.get(TRUST);
@@ -66,6 +69,15 @@ export function hostAgentService({
     async listSandboxes(request) {
       const { items, more } = await operations.list(decode.listRequest(request));
       return { sandboxes: items.map(sandboxMessage), more };
+    },
+
+    async freezeSandbox(request, context) {
+      decode.assertCluster(request.clusterId, border(context));
+      return { sandbox: sandboxMessage(await operations.freeze(decode.sandboxId(request.sandboxId))) };
+    },
+    async thawSandbox(request, context) {
+      decode.assertCluster(request.clusterId, border(context));
+      return { sandbox: sandboxMessage(await operations.thaw(decode.sandboxId(request.sandboxId))) };
     },
 
     async exec(request, context) {
@@ -137,6 +149,12 @@ export function hostAgentService({
     },
     async acknowledgeEvents(request) {
       await operations.events.acknowledge(request.logId, request.number);
+      return {};
+    },
+
+    async endHost(request, context) {
+      decode.assertCluster(request.clusterId, border(context));
+      await endHost();
       return {};
     },
   };

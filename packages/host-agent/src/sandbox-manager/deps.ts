@@ -67,6 +67,8 @@ export interface ManagerConfig {
   snapshotCacheBytes: number;
   /** Between two looks for what no snapshot in the store needs any more. */
   storeSweepIntervalMs: number;
+  /** With less free than this no pause is tried: a guest is stopped in memory instead. */
+  pauseFloorBytes: number;
   /** A fork of a running sandbox is refused when its chain has this many layers. */
   maxDiskChain: number;
   reaperIntervalMs: number;
@@ -102,6 +104,7 @@ export const MANAGER_DEFAULTS = {
   diskReserveBytes: 1 << 30,
   snapshotCacheBytes: 20 * 2 ** 30,
   storeSweepIntervalMs: 6 * 3_600_000,
+  pauseFloorBytes: 64 << 20,
   maxDiskChain: 48,
   reaperIntervalMs: 500,
   hang: { intervalMs: 10_000, timeoutMs: 5_000, misses: 3 },

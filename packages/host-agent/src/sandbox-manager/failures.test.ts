@@ -120,7 +120,8 @@ describe.each(SCENARIOS.map((scenario) => [scenario.name, scenario] as const))("
       return { disarm: () => void (armed = false) };
     };
     await playWithFailure(scenario, arm, { trouble, mayPass: true });
-    expect(effects.size).toBeGreaterThan(0);
+    // A freeze is the VMM's alone.
+    if (!scenario.operations.includes("hold")) expect(effects.size).toBeGreaterThan(0);
     for (failing of [...effects]) {
       rmSync(root, { recursive: true });
       await playWithFailure(scenario, arm, { trouble, mayPass: true });

@@ -9,6 +9,7 @@ import { RookeryError } from "@rookery/protocol/errors";
 import * as fc from "fast-check";
 import { expect, test } from "vitest";
 import type { SandboxId, SnapshotId } from "../ids.ts";
+import { isHeld } from "./holding.ts";
 import { openCore } from "./index.ts";
 import { destroyEverything, expectNothingLeaked } from "./testing/expectations.ts";
 import type { Stage } from "./testing/scenarios.ts";
@@ -36,6 +37,8 @@ const command = fc.oneof(
   { weight: 3, arbitrary: fc.record({ kind: fc.constant("resume"), id: sandbox, step }) },
   { weight: 2, arbitrary: fc.record({ kind: fc.constant("snapshot"), id: sandbox, step, snapshot }) },
   { weight: 2, arbitrary: fc.record({ kind: fc.constant("createFrom"), id: sandbox, step, snapshot }) },
+  { weight: 1, arbitrary: fc.record({ kind: fc.constant("freeze"), id: sandbox, step }) },
+  { weight: 1, arbitrary: fc.record({ kind: fc.constant("thaw"), id: sandbox, step }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant("destroy"), id: sandbox, step }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant("deleteSnapshot"), id: sandbox, step, snapshot }) },
   { weight: 1, arbitrary: fc.record({ kind: fc.constant("crashGuest"), id: sandbox, step }) },
@@ -62,6 +65,10 @@ async function play(stage: Stage, { kind, id, snapshot: snap }: Command, generat
       return void (await manager.resume(operation));
     case "snapshot":
       return void (await manager.createSnapshot(operation, snap!, "team-1"));
+    case "freeze":
+      return void (await manager.freeze(id));
+    case "thaw":
+      return void (await manager.thaw(id));
     case "destroy":
       return await manager.destroy(operation);
     case "deleteSnapshot":
@@ -150,7 +157,7 @@ test(
           await tidy(stage.core);
           expectNothingLeaked(stage);
           for (const [id, entry] of stage.core.sandboxes) {
-            if (entry.phase === "paused") {
+            if (entry.phase === "paused" || isHeld(entry.record)) {
               await stage.manager.resume(operationOf(id, Number(entry.record.generation) + 1));
             }
           }

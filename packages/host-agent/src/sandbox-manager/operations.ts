@@ -11,6 +11,7 @@ import { requireDiskReserve, requireMemory } from "./capacity.ts";
 import { newEvent, requirePhase, stepTools, undoLimit, type Core, type SandboxEntry } from "./core.ts";
 import { createdSteps, createSteps, checkSpecAgainstSource, type CreateContext } from "./create.ts";
 import { destroySteps, endSteps } from "./destroy.ts";
+import { goOnSteps, holdSteps, isHeld, requireNotHeld, type GoOnReason, type HoldMark } from "./holding.ts";
 import { layerIdsOf } from "./disk-layers.ts";
 import { newLayerId } from "./new-ids.ts";
 import { pauseSteps, retireSteps } from "./pause.ts";
@@ -35,6 +36,8 @@ export const OPERATIONS = {
   retire: retireSteps,
   resume: resumeSteps,
   resumed: resumedSteps,
+  hold: holdSteps,
+  "go-on": goOnSteps,
   "snapshot-running": snapshotRunningSteps,
   "snapshot-paused": snapshotPausedSteps,
   "snapshot-done": snapshotDoneSteps,
@@ -77,6 +80,70 @@ export async function pause(
   });
 }
 
+/**
+ * A pause, or, where the disk has no room for it, at least a guest that uses no
+ * CPU. Gives back which of the two it came to.
+ */
+export async function pauseOrFreeze(
+  core: Core,
+  entry: SandboxEntry,
+  why: { reason: string; message: string },
+  signal: AbortSignal,
+): Promise<"paused" | "frozen"> {
+  requirePhase(entry, ["running"], "paused");
+  if (isHeld(entry.record)) return "frozen";
+  const { host, config, clock, logger } = core.deps;
+  if ((await host.freeDiskBytes(config.dataDir)) >= config.pauseFloorBytes) {
+    try {
+      await pause(core, entry, newEvent(core, "paused", why), signal);
+      return "paused";
+    } catch (cause) {
+      // Read anew: the pause was undone, or is further than that.
+      if (asRookeryError(cause, signal).code !== "out_of_disk" || entry.record.phase !== "running")
+        throw cause;
+      logger.warn({ sandboxId: entry.id, err: cause }, "no room for a pause: its guest is only stopped");
+    }
+  }
+  const message = `${why.message}; in memory, since this host's disk is nearly full`;
+  await hold(core, entry, {
+    mark: { frozen: { sinceMs: clock.nowMs() } },
+    event: newEvent(core, "paused", { ...why, message }),
+    whateverTheJournalSays: true,
+    signal,
+  });
+  return "frozen";
+}
+
+/** The guest stops, and is not let go on until its mark is gone. */
+export async function hold(
+  core: Core,
+  entry: SandboxEntry,
+  options: {
+    mark: HoldMark;
+    event?: SandboxRecord["pendingEvent"];
+    whateverTheJournalSays?: boolean;
+    signal: AbortSignal;
+  },
+): Promise<void> {
+  requirePhase(entry, ["running"], "frozen");
+  const { mark, event, whateverTheJournalSays = false, signal } = options;
+  const { frozen, stranger } = entry.record;
+  const ctx = { core, entry, mark, event, whateverTheJournalSays, before: { frozen, stranger } };
+  await timed(core, entry, "hold", (timings) => undoable(core, "hold", holdSteps, ctx, timings, signal));
+}
+
+/** The way back from `hold`: the guest goes on where it was. */
+export async function goOn(
+  core: Core,
+  entry: SandboxEntry,
+  why: GoOnReason,
+  signal: AbortSignal,
+): Promise<void> {
+  await timed(core, entry, "go-on", (timings) =>
+    undoable(core, "go-on", goOnSteps, { core, entry, why }, timings, signal),
+  );
+}
+
 /** Ends what a paused sandbox has no more need of; what fails is left to the janitor, since it is paused anyway. */
 export async function retire(
   core: Core,
@@ -104,6 +171,7 @@ export async function resume(
   lifetime: Lifetime | undefined,
   signal: AbortSignal,
 ): Promise<void> {
+  if (isHeld(entry.record)) return await goOn(core, entry, { kind: "resume", lifetime }, signal);
   requirePhase(entry, ["paused"], "resumed");
   if (entry.record.vm !== undefined && !(await retire(core, entry))) {
     throw new RookeryError("host_error", "its former VM could not be taken away yet; try again");
@@ -161,6 +229,7 @@ export async function snapshot(
   signal: AbortSignal,
 ): Promise<SnapshotRecord> {
   requirePhase(entry, ["running", "paused"], "snapshotted");
+  requireNotHeld(entry, "snapshotted before it was resumed");
   await settleFork(core, entry, signal);
   if (entry.phase === "paused" && entry.record.vm !== undefined && !(await retire(core, entry))) {
     throw new RookeryError("host_error", "its former VM could not be taken away yet; try again");

@@ -14,6 +14,7 @@ import type { LayerCapture, MemoryLayer } from "../vmm/vmm.ts";
 import { RookeryError } from "@rookery/protocol/errors";
 import { guestAddressOf, persist, reportPendingEvent, type Core, type SandboxEntry } from "./core.ts";
 import type { SandboxRecord } from "../journal/records.ts";
+import { hasMark, type HoldMark } from "./holding.ts";
 import type { Step } from "./steps.ts";
 
 export interface PauseContext {
@@ -21,6 +22,8 @@ export interface PauseContext {
   entry: SandboxEntry;
   /** When the agent does it by itself. */
   event: SandboxRecord["pendingEvent"];
+  /** Of a guest that is held already: its marks, and what is still to be reported. */
+  before?: HoldMark & Pick<SandboxRecord, "pendingEvent">;
   capture?: LayerCapture;
   layer?: MemoryLayer;
 }
@@ -40,9 +43,10 @@ export const pauseSteps: readonly Step<PauseContext>[] = [
   {
     name: "freeze",
     async run({ entry }, signal) {
-      await entry.placed!.vm.freeze(signal);
+      if (entry.placed!.vm.state === "running") await entry.placed!.vm.freeze(signal);
     },
     async undo({ entry }, signal) {
+      if (hasMark(entry.record)) return;
       if (entry.placed!.vm.state === "frozen") await entry.placed!.vm.unfreeze(signal);
     },
   },
@@ -74,18 +78,23 @@ export const pauseSteps: readonly Step<PauseContext>[] = [
   },
   {
     name: "journal-paused",
-    async run({ core, entry, layer, event }) {
+    async run(ctx) {
+      const { core, entry, layer, event } = ctx;
       const { pageBytes, allocatedBytes } = layer!;
+      const { frozen, stranger, pendingEvent } = entry.record;
+      ctx.before = { frozen, stranger, pendingEvent };
       entry.set({
         phase: "paused",
         layer: { name: layerNameOf(entry), pageBytes, allocatedBytes },
-        pendingEvent: event,
+        pendingEvent: event ?? pendingEvent,
+        frozen: undefined,
+        stranger: undefined,
       });
       await persist(core, entry, { durable: true });
     },
-    async undo({ core, entry }) {
+    async undo({ core, entry, before }) {
       // Before the layer goes: a record on disk must not promise it.
-      entry.set({ phase: "pausing", layer: undefined, pendingEvent: undefined });
+      entry.set({ phase: "pausing", layer: undefined, ...before });
       await persist(core, entry, { durable: true });
     },
   },

@@ -51,6 +51,7 @@ export async function journalRunning(
     phase: "running",
     thawing: undefined,
     layer: undefined,
+    stranger: undefined,
     startedAtMs: nowMs,
     lifetimeSinceMs: nowMs,
   });

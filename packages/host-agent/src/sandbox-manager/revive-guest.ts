@@ -77,7 +77,7 @@ async function revive(
     if (await guest.knowsToken(envdTargetOf(entry, placed), limit.signal)) return true;
     await entry.queue.runOwn(async () => {
       limit.signal.throwIfAborted();
-      if (entry.placed !== placed || entry.phase !== "running") {
+      if (entry.placed !== placed || entry.phase !== "running" || placed.vm.state !== "running") {
         throw new RookeryError("wrong_state", "it does not run any more");
       }
       await startGuest(core, entry, placed, { growRootFs: false }, limit.signal);

@@ -15,7 +15,9 @@ import { notFound, repetitionOf, runCommand, staleGeneration, type AtWork } from
 import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
 import { randomHex } from "./new-ids.ts";
-import { create, destroy, pause, resume, snapshot } from "./operations.ts";
+import { forAll, pauseAll, type PausedAll } from "./for-all.ts";
+import { requireNotHeld } from "./holding.ts";
+import { create, destroy, goOn, hold, pause, resume, snapshot } from "./operations.ts";
 import type {
   EnvdTarget,
   HostEventLog,
@@ -186,6 +188,7 @@ export class SandboxManager implements SandboxOperations {
   async ping(id: SandboxId): Promise<number> {
     const entry = this.#entry(id);
     requirePhase(entry, ["running"], "pinged");
+    requireNotHeld(entry, "pinged");
     const nowMs = this.#core.deps.clock.nowMs();
     entry.lastActivityMs = nowMs;
     return expiresAtMs(entry, nowMs);
@@ -243,6 +246,7 @@ export class SandboxManager implements SandboxOperations {
     await awaitRevival(this.#core, this.#entry(id));
     const entry = this.#entry(id);
     requirePhase(entry, ["running"], "used");
+    requireNotHeld(entry, "used");
     const { placed } = entry;
     if (placed === undefined) {
       throw new RookeryError("unavailable", `Sandbox ${id} is still being found again; try again shortly.`);
@@ -263,21 +267,35 @@ export class SandboxManager implements SandboxOperations {
   }
 
   /**
-   * Pauses all that run, within the work limit, going on past failures, which
-   * it gives back. Each pause is an event with this reason.
+   * Pauses all that run, within the work limit; those for whose pause the disk
+   * has no room are stopped in memory. Goes on past failures, which it gives
+   * back. Each is an event with this reason.
    */
-  async pauseAll(why: {
-    reason: string;
-    message: string;
-  }): Promise<{ id: SandboxId; error: RookeryError }[]> {
-    const core = this.#core;
-    return await this.#forAll(
-      ({ phase }) => phase === "running",
-      async (entry, signal) => {
-        if (entry.phase !== "running") return;
-        await pause(core, entry, newEvent(core, "paused", why), signal);
-      },
-    );
+  async pauseAll(why: { reason: string; message: string }): Promise<PausedAll> {
+    return await pauseAll(this.#core, why);
+  }
+
+  async freeze(id: SandboxId): Promise<SandboxView> {
+    const stranger = { sinceMs: this.#core.deps.clock.nowMs() };
+    return await this.#ownWork(id, async (entry, signal) => {
+      if (entry.record.stranger !== undefined) return;
+      requirePhase(entry, ["running", "paused", "failed"], "frozen");
+      if (entry.phase === "running") return await hold(this.#core, entry, { mark: { stranger }, signal });
+      entry.set({ stranger });
+      await persist(this.#core, entry, { durable: false });
+    });
+  }
+
+  async thaw(id: SandboxId): Promise<SandboxView> {
+    return await this.#ownWork(id, async (entry, signal) => {
+      const { stranger, frozen } = entry.record;
+      if (stranger === undefined) return;
+      if (entry.phase === "running" && frozen === undefined) {
+        return await goOn(this.#core, entry, { kind: "thaw" }, signal);
+      }
+      entry.set({ stranger: undefined });
+      await persist(this.#core, entry, { durable: false });
+    });
   }
 
   /** For `rookery down`. Goes on past failures, which it gives back. */
@@ -285,10 +303,24 @@ export class SandboxManager implements SandboxOperations {
     for (const { underWay } of this.#core.sandboxes.values()) {
       underWay?.abort.abort(new RookeryError("unavailable", "the agent is going down"));
     }
-    return await this.#forAll(
+    return await forAll(
+      this.#core,
       () => true,
       (entry) => destroy(this.#core, entry),
     );
+  }
+
+  /** For a host that was deleted: snapshots too. Goes on past failures, which it gives back. */
+  async destroyEverything(): Promise<{ id: string; error: RookeryError }[]> {
+    const failures: { id: string; error: RookeryError }[] = await this.destroyAll();
+    for (const id of [...this.#core.snapshots.keys()]) {
+      try {
+        await this.#snapshots.delete(id);
+      } catch (cause) {
+        failures.push({ id, error: asRookeryError(cause) });
+      }
+    }
+    return failures;
   }
 
   /** Takes no more commands, finishes those at work, leaves VMs running. */
@@ -305,23 +337,25 @@ export class SandboxManager implements SandboxOperations {
     await this.#core.tombstones.close();
   }
 
-  async #forAll(
-    which: (entry: SandboxEntry) => boolean,
+  /** Not a command: it bears no generation, and changes nothing that one decides. */
+  async #ownWork(
+    id: SandboxId,
     work: (entry: SandboxEntry, signal: AbortSignal) => Promise<void>,
-  ): Promise<{ id: SandboxId; error: RookeryError }[]> {
+  ): Promise<SandboxView> {
     const core = this.#core;
-    const failures: { id: SandboxId; error: RookeryError }[] = [];
-    const all = [...core.sandboxes.values()].filter(which).map(async (entry) => {
-      const signal = new AbortController().signal;
-      void endRevival(entry);
+    if (this.#closing) throw new RookeryError("unavailable", "the agent is stopping");
+    const entry = this.#entry(id);
+    void endRevival(entry);
+    return await entry.queue.run(async () => {
+      if (core.sandboxes.get(id) !== entry) throw notFound();
+      const signal = AbortSignal.timeout(core.deps.config.ownWorkTimeoutMs);
       try {
-        await entry.queue.runOwn(() => core.workLimit.run(() => work(entry, signal), signal));
+        await core.workLimit.run(() => work(entry, signal), signal);
       } catch (cause) {
-        failures.push({ id: entry.id, error: asRookeryError(cause) });
+        throw asRookeryError(cause, signal);
       }
+      return await viewOfSandbox(core, entry);
     });
-    await Promise.all(all);
-    return failures;
   }
 
   async #changeState(

@@ -40,6 +40,10 @@ export interface Operation {
 export interface SandboxView {
   id: SandboxId;
   phase: SandboxPhase;
+  /** Paused, but kept by its VM alone: a reboot of the host ends it. */
+  inMemory: boolean;
+  /** Since when the control plane has called it a stranger, if it has. */
+  strangerForMs?: number;
   generation: bigint;
   vcpus: number;
   memoryMb: number;
@@ -102,6 +106,10 @@ export interface SandboxOperations {
   deleteSnapshot(snapshotId: SnapshotId): Promise<void>;
   /** Those of `ids` that are here. */
   getSnapshots(ids: readonly SnapshotId[]): SnapshotView[];
+  /** The control plane has no row of it: it is held until `thaw`, a command for it, or its end. Again: the same. */
+  freeze(id: SandboxId): Promise<SandboxView>;
+  /** There is a row: it goes on as it was. Does nothing for one that is no stranger. */
+  thaw(id: SandboxId): Promise<SandboxView>;
   /**
    * Runs `use` against envd of a running sandbox and counts as activity from
    * begin to end: an idle sandbox does not expire, nor is it paused by expiry,

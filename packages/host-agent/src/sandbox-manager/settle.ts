@@ -6,6 +6,7 @@
  */
 import { persist, undoLimit, stepTools, type Core, type SandboxEntry } from "./core.ts";
 import { reportPendingEvent } from "./core.ts";
+import { isHeld, stopGuest } from "./holding.ts";
 import { destroy, end, endAgain, retire, settleFork } from "./operations.ts";
 import { dropOtherLayers } from "./pause.ts";
 import { isLayerStillGood, journalRunning, resumeSteps, type ResumeContext } from "./resume.ts";
@@ -51,7 +52,8 @@ async function settleRunning(core: Core, entry: SandboxEntry, signal: AbortSigna
   if (placed === undefined) return await endGone(core, entry);
   entry.placed = placed;
   await settleFork(core, entry, signal);
-  if (placed.vm.state === "frozen") await placed.vm.unfreeze(signal);
+  if (isHeld(entry.record)) await stopGuest(entry, signal);
+  else if (placed.vm.state === "frozen") await placed.vm.unfreeze(signal);
   await dropOtherLayers(core, entry); // of a resume that had just got through
   await reportPendingEvent(core, entry);
   await persist(core, entry, { durable: false });

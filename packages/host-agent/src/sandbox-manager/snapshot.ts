@@ -21,6 +21,7 @@ import type { DiskAttachment } from "../root-disk/root-disk.ts";
 import type { LayerCapture, MemoryLayer } from "../vmm/vmm.ts";
 import { compatOf } from "./compat.ts";
 import { persist, type Core, type SandboxEntry } from "./core.ts";
+import { hasMark } from "./holding.ts";
 import { layerIdsOf } from "./disk-layers.ts";
 import type { Step } from "./steps.ts";
 
@@ -201,7 +202,7 @@ export const snapshotDoneSteps: readonly Step<SnapshotContext>[] = [
 
 /**
  * Carries a fork through whose VMM may have switched: by undo, by the janitor,
- * and after a crash of the agent. Leaves the guest running if it was.
+ * and after a crash of the agent. Leaves the guest running unless it is held.
  */
 export async function finishFork(core: Core, entry: SandboxEntry, signal: AbortSignal): Promise<void> {
   const { fork } = entry.record;
@@ -213,11 +214,11 @@ export async function finishFork(core: Core, entry: SandboxEntry, signal: AbortS
       if (vm.state === "running") await vm.freeze(signal);
       await vm.switchDiskTop(next, signal);
     }
-    if (vm?.state === "frozen") await vm.unfreeze(signal);
+    if (vm?.state === "frozen" && !hasMark(entry.record)) await vm.unfreeze(signal);
     await commitFork(core, entry, signal);
   } else {
     await core.deps.rootDisk.abortNextTop(entry.disk!, vm === undefined ? undefined : entry.record.vm);
-    if (vm?.state === "frozen") await vm.unfreeze(signal);
+    if (vm?.state === "frozen" && !hasMark(entry.record)) await vm.unfreeze(signal);
   }
   entry.set({ fork: undefined });
   await persist(core, entry, { durable: false });

@@ -4,23 +4,28 @@
 import { isErrno } from "../host/errno.ts";
 import type { Core, SandboxEntry } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
+import { isHeld } from "./holding.ts";
 import type { SandboxView } from "./sandbox.ts";
 
 export async function viewOfSandbox(core: Core, entry: SandboxEntry): Promise<SandboxView> {
   const diskUsedBytes = await usedBytes(core, entry);
   // Taken after the wait, at once: a view never mixes two states.
   const { record } = entry;
+  const nowMs = core.deps.clock.nowMs();
+  const held = isHeld(record);
   return {
     id: entry.id,
-    phase: record.phase,
+    phase: held ? "paused" : record.phase,
+    inMemory: held,
     generation: record.generation,
     vcpus: record.spec.vcpus,
     memoryMb: record.spec.memoryMb,
     diskMb: record.spec.diskMb,
     lifetime: record.spec.lifetime,
-    expiresAtUnixMs: expiresAtMs(entry, core.deps.clock.nowMs()),
+    expiresAtUnixMs: expiresAtMs(entry, nowMs),
     startedAtUnixMs: record.startedAtMs,
     diskUsedBytes,
+    ...(record.stranger !== undefined && { strangerForMs: Math.max(0, nowMs - record.stranger.sinceMs) }),
     ...(record.exit !== undefined && { exit: record.exit }),
   };
 }

@@ -9,6 +9,7 @@ import pLimit from "p-limit";
 import type { Core, SandboxEntry } from "./core.ts";
 import { newEvent, reportPendingEvent, persist } from "./core.ts";
 import { isExpired } from "./expiry.ts";
+import { isHeld, stopGuest } from "./holding.ts";
 import { destroy, end, endAgain, flattenIfDue, pause, retire, settleFork } from "./operations.ts";
 import { dropOtherLayers } from "./pause.ts";
 import { settle } from "./settle.ts";
@@ -16,6 +17,7 @@ import { settle } from "./settle.ts";
 /** After an expiry that failed. */
 const EXPIRY_RETRY_MS = 15_000;
 const PINGS_AT_ONCE = 8;
+const MIB = 1 << 20;
 
 export interface Watches {
   /** Ends the timers; what they began goes on. */
@@ -110,10 +112,30 @@ export async function tidy(core: Core): Promise<void> {
   await core.pool.places.retryLeaving();
   for (const entry of core.sandboxes.values()) {
     if (entry.queue.length > 0) continue;
-    const isStuck = entry.phase === "running" && ["frozen", "exited"].includes(entry.placed?.vm.state ?? "");
+    if (await hasRoomNow(core, entry)) {
+      await own(core, entry, "pause at last", (signal) => pauseFrozen(core, entry, signal));
+      continue;
+    }
+    const wrongStates = isHeld(entry.record) ? ["running", "exited"] : ["frozen", "exited"];
+    const isStuck = entry.phase === "running" && wrongStates.includes(entry.placed?.vm.state ?? "");
     if (!entry.unfinished && !entry.unsettled && !isStuck) continue;
     await own(core, entry, "tidy", (signal) => tidyOne(core, entry, signal));
   }
+}
+
+/** It was frozen for want of room, and there is some now, also for those that come to be. */
+async function hasRoomNow(core: Core, { record }: SandboxEntry): Promise<boolean> {
+  if (!isHeld(record) || record.stranger !== undefined) return false;
+  const { host, config } = core.deps;
+  const neededBytes = config.diskReserveBytes + record.spec.memoryMb * MIB;
+  return (await host.freeDiskBytes(config.dataDir)) >= neededBytes;
+}
+
+/** The control plane takes it for paused already. */
+async function pauseFrozen(core: Core, entry: SandboxEntry, signal: AbortSignal): Promise<void> {
+  if (!isHeld(entry.record) || entry.record.stranger !== undefined) return;
+  await pause(core, entry, undefined, signal);
+  flattenLater(core, entry);
 }
 
 async function tidyOne(core: Core, entry: SandboxEntry, signal: AbortSignal): Promise<void> {
@@ -131,7 +153,8 @@ async function tidyOne(core: Core, entry: SandboxEntry, signal: AbortSignal): Pr
       const vm = entry.placed!.vm;
       if (vm.state === "exited") return await end(core, entry, await vm.exited);
       await settleFork(core, entry, signal);
-      if (vm.state === "frozen") await vm.unfreeze(signal);
+      if (isHeld(entry.record)) await stopGuest(entry, signal);
+      else if (vm.state === "frozen") await vm.unfreeze(signal);
       await dropOtherLayers(core, entry);
       await core.pool.dropOwnDisk(entry.placed!);
       await reportPendingEvent(core, entry);

@@ -31,6 +31,8 @@ export interface FakeSandbox {
   envdAccessToken: string;
   timeoutSec: number;
   exit?: { code: string; message: string };
+  /** Since when it is a stranger (FreezeSandbox), and what it was before. */
+  stranger?: { sinceMs: number; before: Phase };
 }
 export interface Call {
   method: string;
@@ -176,7 +178,7 @@ export class FakeAgent {
   }
 
   #view(id: string): MessageInitShape<typeof SandboxSchema> {
-    const { phase, generation, timeoutSec, exit } = this.#has(id);
+    const { phase, generation, timeoutSec, exit, stranger } = this.#has(id);
     return {
       sandboxId: id,
       phase: SandboxPhase[phase],
@@ -187,6 +189,8 @@ export class FakeAgent {
       diskUsedBytes: 12_288n,
       startedAtUnixMs: 1_000n,
       expiresAtUnixMs: phase === "RUNNING" && timeoutSec > 0 ? BigInt(Date.now() + timeoutSec * 1000) : 0n,
+      strangerForMs: stranger && BigInt(Date.now() - stranger.sinceMs),
+      inMemory: stranger?.before === "RUNNING",
       exitCode: exit?.code ?? "",
       exitMessage: exit?.message ?? "",
     };
@@ -232,6 +236,26 @@ export class FakeAgent {
         this.#around({ method: "listSandboxes", id: "" }, () => {
           const ids = [...this.sandboxes.keys()].filter((id) => id > afterSandboxId).sort();
           return { sandboxes: ids.slice(0, limit).map((id) => this.#view(id)), more: ids.length > limit };
+        }),
+      freezeSandbox: ({ sandboxId }) =>
+        this.#around({ method: "freezeSandbox", id: sandboxId }, () => {
+          const sandbox = this.#in(sandboxId, "RUNNING", "PAUSED", "FAILED");
+          sandbox.stranger ??= { sinceMs: Date.now(), before: sandbox.phase };
+          if (sandbox.phase === "RUNNING") sandbox.phase = "PAUSED";
+          return { sandbox: this.#view(sandboxId) };
+        }),
+      thawSandbox: ({ sandboxId }) =>
+        this.#around({ method: "thawSandbox", id: sandboxId }, () => {
+          const sandbox = this.#has(sandboxId);
+          if (sandbox.stranger) sandbox.phase = sandbox.stranger.before;
+          delete sandbox.stranger;
+          return { sandbox: this.#view(sandboxId) };
+        }),
+      endHost: () =>
+        this.#around({ method: "endHost", id: "" }, () => {
+          this.sandboxes.clear();
+          this.snapshots.clear();
+          return {};
         }),
       exec: ({ sandboxId, command }) =>
         this.#around({ method: "exec", id: sandboxId }, () => {

@@ -38,6 +38,7 @@ export function fakeOperations(): FakeOperations {
       const view: SandboxView = {
         id,
         phase: "running",
+        inMemory: false,
         generation: operation.generation,
         vcpus,
         memoryMb,
@@ -100,6 +101,19 @@ export function fakeOperations(): FakeOperations {
     async deleteSnapshot(snapshotId) {
       called("deleteSnapshot", snapshotId);
       throw new Error("cannot unlink /var/lib/secret");
+    },
+    async freeze(id) {
+      called("freeze", id);
+      const view: SandboxView = { ...find(id), phase: "paused", inMemory: true, strangerForMs: 0 };
+      sandboxes.set(id, view);
+      return view;
+    },
+    async thaw(id) {
+      called("thaw", id);
+      const { strangerForMs: _since, ...rest } = find(id);
+      const view: SandboxView = { ...rest, phase: "running", inMemory: false };
+      sandboxes.set(id, view);
+      return view;
     },
     async withEnvd(id, use) {
       if (find(id).phase !== "running" || this.envd === undefined) {

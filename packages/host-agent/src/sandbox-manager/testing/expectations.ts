@@ -4,6 +4,7 @@
 import { readdirSync, statSync } from "node:fs";
 import { join } from "node:path";
 import { expect } from "vitest";
+import { isHeld } from "../holding.ts";
 import { OLD, type Stage } from "./scenarios.ts";
 import { operationOf, sandboxId, specOf } from "./simulated-machine.ts";
 
@@ -41,7 +42,8 @@ export function expectNothingLeaked({ core, machine }: Stage): void {
     const attached = machine.processes.get(placed!.vm.record.pid)!.disk;
     expect(attached.kind === "file-chain" && attached.nodes[0]?.file).toBe(`disk-${top.ino}`);
   }
-  for (const { record, phase } of core.sandboxes.values()) {
+  for (const { record, phase, placed } of core.sandboxes.values()) {
+    if (phase === "running") expect(placed?.vm.state).toBe(isHeld(record) ? "frozen" : "running");
     const files = readdirSync(core.journal.sandboxDir(record.spec.id));
     expect(files.filter((name) => name.startsWith("layer-"))).toEqual(
       record.layer ? [record.layer.name] : [],
@@ -58,7 +60,7 @@ export function expectNothingLeaked({ core, machine }: Stage): void {
 export async function expectOldIntact(stage: Stage): Promise<void> {
   const { core, manager, machine } = stage;
   const entry = core.sandboxes.get(OLD)!;
-  if (entry.phase === "paused") {
+  if (entry.phase === "paused" || isHeld(entry.record)) {
     await manager.resume(operationOf(OLD, Number(entry.record.generation) + 1));
   }
   expect(entry.phase).toBe("running");

@@ -94,6 +94,36 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   {
+    name: "freeze",
+    operations: ["hold"],
+    prepare: createOld,
+    async act({ manager }) {
+      await manager.freeze(OLD);
+    },
+  },
+  {
+    name: "thaw",
+    operations: ["go-on"],
+    async prepare(stage) {
+      await createOld(stage);
+      await stage.manager.freeze(OLD);
+    },
+    async act({ manager }) {
+      await manager.thaw(OLD);
+    },
+  },
+  {
+    name: "pause of a frozen sandbox",
+    operations: ["pause", "retire"],
+    async prepare(stage) {
+      await createOld(stage);
+      await stage.manager.freeze(OLD);
+    },
+    async act({ manager }) {
+      await manager.pause(operationOf(OLD, 2));
+    },
+  },
+  {
     name: "destroy of a running sandbox",
     operations: ["destroy"],
     async prepare(stage) {

@@ -179,6 +179,21 @@ export declare type Sandbox = Message<"hostagent.v1.Sandbox"> & {
    * @generated from field: int64 started_at_unix_ms = 12;
    */
   startedAtUnixMs: bigint;
+
+  /**
+   * Paused, but kept by its VM alone: its host's disk had no room, or it is a
+   * stranger. A resume brings it back like any other; a reboot of the host ends it.
+   *
+   * @generated from field: bool in_memory = 13;
+   */
+  inMemory: boolean;
+
+  /**
+   * Set on what FreezeSandbox was called for: how long ago.
+   *
+   * @generated from field: optional int64 stranger_for_ms = 14;
+   */
+  strangerForMs?: bigint | undefined;
 };
 
 /**
@@ -522,6 +537,80 @@ export declare type ListSandboxesResponse = Message<"hostagent.v1.ListSandboxesR
  * Use `create(ListSandboxesResponseSchema)` to create a new message.
  */
 export declare const ListSandboxesResponseSchema: GenMessage<ListSandboxesResponse>;
+
+/**
+ * @generated from message hostagent.v1.FreezeSandboxRequest
+ */
+export declare type FreezeSandboxRequest = Message<"hostagent.v1.FreezeSandboxRequest"> & {
+  /**
+   * @generated from field: string sandbox_id = 1;
+   */
+  sandboxId: string;
+
+  /**
+   * @generated from field: string cluster_id = 2;
+   */
+  clusterId: string;
+};
+
+/**
+ * Describes the message hostagent.v1.FreezeSandboxRequest.
+ * Use `create(FreezeSandboxRequestSchema)` to create a new message.
+ */
+export declare const FreezeSandboxRequestSchema: GenMessage<FreezeSandboxRequest>;
+
+/**
+ * @generated from message hostagent.v1.FreezeSandboxResponse
+ */
+export declare type FreezeSandboxResponse = Message<"hostagent.v1.FreezeSandboxResponse"> & {
+  /**
+   * @generated from field: hostagent.v1.Sandbox sandbox = 1;
+   */
+  sandbox?: Sandbox | undefined;
+};
+
+/**
+ * Describes the message hostagent.v1.FreezeSandboxResponse.
+ * Use `create(FreezeSandboxResponseSchema)` to create a new message.
+ */
+export declare const FreezeSandboxResponseSchema: GenMessage<FreezeSandboxResponse>;
+
+/**
+ * @generated from message hostagent.v1.ThawSandboxRequest
+ */
+export declare type ThawSandboxRequest = Message<"hostagent.v1.ThawSandboxRequest"> & {
+  /**
+   * @generated from field: string sandbox_id = 1;
+   */
+  sandboxId: string;
+
+  /**
+   * @generated from field: string cluster_id = 2;
+   */
+  clusterId: string;
+};
+
+/**
+ * Describes the message hostagent.v1.ThawSandboxRequest.
+ * Use `create(ThawSandboxRequestSchema)` to create a new message.
+ */
+export declare const ThawSandboxRequestSchema: GenMessage<ThawSandboxRequest>;
+
+/**
+ * @generated from message hostagent.v1.ThawSandboxResponse
+ */
+export declare type ThawSandboxResponse = Message<"hostagent.v1.ThawSandboxResponse"> & {
+  /**
+   * @generated from field: hostagent.v1.Sandbox sandbox = 1;
+   */
+  sandbox?: Sandbox | undefined;
+};
+
+/**
+ * Describes the message hostagent.v1.ThawSandboxResponse.
+ * Use `create(ThawSandboxResponseSchema)` to create a new message.
+ */
+export declare const ThawSandboxResponseSchema: GenMessage<ThawSandboxResponse>;
 
 /**
  * @generated from message hostagent.v1.Command
@@ -1167,6 +1256,34 @@ export declare type AcknowledgeEventsResponse = Message<"hostagent.v1.Acknowledg
 export declare const AcknowledgeEventsResponseSchema: GenMessage<AcknowledgeEventsResponse>;
 
 /**
+ * @generated from message hostagent.v1.EndHostRequest
+ */
+export declare type EndHostRequest = Message<"hostagent.v1.EndHostRequest"> & {
+  /**
+   * @generated from field: string cluster_id = 1;
+   */
+  clusterId: string;
+};
+
+/**
+ * Describes the message hostagent.v1.EndHostRequest.
+ * Use `create(EndHostRequestSchema)` to create a new message.
+ */
+export declare const EndHostRequestSchema: GenMessage<EndHostRequest>;
+
+/**
+ * @generated from message hostagent.v1.EndHostResponse
+ */
+export declare type EndHostResponse = Message<"hostagent.v1.EndHostResponse"> & {
+};
+
+/**
+ * Describes the message hostagent.v1.EndHostResponse.
+ * Use `create(EndHostResponseSchema)` to create a new message.
+ */
+export declare const EndHostResponseSchema: GenMessage<EndHostResponse>;
+
+/**
  * @generated from enum hostagent.v1.SandboxPhase
  */
 export enum SandboxPhase {
@@ -1347,6 +1464,29 @@ export declare const HostAgentService: GenService<{
     output: typeof ListSandboxesResponseSchema;
   },
   /**
+   * For a sandbox of which the control plane has no row: its guest is stopped in
+   * memory and does not expire, until it is thawed, commanded or destroyed. The
+   * agent remembers since when. Idempotent; FAILED_PRECONDITION while the host is
+   * at work on it; NOT_FOUND if never here.
+   *
+   * @generated from rpc hostagent.v1.HostAgentService.FreezeSandbox
+   */
+  freezeSandbox: {
+    methodKind: "unary";
+    input: typeof FreezeSandboxRequestSchema;
+    output: typeof FreezeSandboxResponseSchema;
+  },
+  /**
+   * There is a row after all: it goes on as it was. Idempotent.
+   *
+   * @generated from rpc hostagent.v1.HostAgentService.ThawSandbox
+   */
+  thawSandbox: {
+    methodKind: "unary";
+    input: typeof ThawSandboxRequestSchema;
+    output: typeof ThawSandboxResponseSchema;
+  },
+  /**
    * Runs a command to its end; output beyond the cap is cut and said so.
    *
    * @generated from rpc hostagent.v1.HostAgentService.Exec
@@ -1432,6 +1572,18 @@ export declare const HostAgentService: GenService<{
     methodKind: "unary";
     input: typeof AcknowledgeEventsRequestSchema;
     output: typeof AcknowledgeEventsResponseSchema;
+  },
+  /**
+   * The host was deleted: all sandboxes and snapshots on it are destroyed, its
+   * credentials forgotten, and after the answer its agent ends. FAILED (host_error)
+   * when something could not be destroyed: the agent tries again at its next start.
+   *
+   * @generated from rpc hostagent.v1.HostAgentService.EndHost
+   */
+  endHost: {
+    methodKind: "unary";
+    input: typeof EndHostRequestSchema;
+    output: typeof EndHostResponseSchema;
   },
 }>;
 
