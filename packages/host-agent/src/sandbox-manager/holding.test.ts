@@ -244,3 +244,15 @@ test("a guest that does not answer when it goes on is held again", async () => {
   init.mockRestore();
   expect(await manager.thaw(A)).toMatchObject({ phase: "running" });
 });
+
+test("a host that ends leaves neither sandboxes nor snapshots", async () => {
+  const stage = await start();
+  const { manager, core } = stage;
+  for (const id of [A, B]) await manager.create(specOf(id), operationOf(id, 1));
+  await manager.createSnapshot(operationOf(A, 1), snapshotId("s"), "team-1");
+  await manager.freeze(A);
+  await manager.pause(operationOf(B, 2));
+  expect(await manager.destroyEverything()).toEqual([]);
+  expect([core.sandboxes.size, core.snapshots.size]).toEqual([0, 0]);
+  expectNothingLeaked(stage);
+});

@@ -310,17 +310,10 @@ export class SandboxManager implements SandboxOperations {
     );
   }
 
-  /** For a host that was deleted: snapshots too. Goes on past failures, which it gives back. */
+  /** For a host that was deleted: what it has of snapshots too. Goes on past failures, which it gives back. */
   async destroyEverything(): Promise<{ id: string; error: RookeryError }[]> {
-    const failures: { id: string; error: RookeryError }[] = await this.destroyAll();
-    for (const id of [...this.#core.snapshots.keys()]) {
-      try {
-        await this.#snapshots.delete(id);
-      } catch (cause) {
-        failures.push({ id, error: asRookeryError(cause) });
-      }
-    }
-    return failures;
+    const sandboxes = await this.destroyAll();
+    return [...sandboxes, ...(await this.#snapshots.removeAllHere())];
   }
 
   /** Takes no more commands, finishes those at work, leaves VMs running. */

@@ -14,6 +14,7 @@ import { undoLimit, type Core } from "./core.ts";
 import { layerIdsOf } from "./disk-layers.ts";
 import type { SnapshotView } from "./sandbox.ts";
 import { SnapshotUploads } from "./snapshot-uploads.ts";
+import { asRookeryError } from "./steps.ts";
 
 interface Fetching {
   abort: AbortController;
@@ -117,6 +118,20 @@ export class Snapshots {
       if (others === 0) this.#deleting.delete(id);
       else this.#deleting.set(id, others);
     }
+  }
+
+  /** The host ends: those in the store stay there, for others. Goes on past failures, which it gives back. */
+  async removeAllHere(): Promise<{ id: SnapshotId; error: RookeryError }[]> {
+    const failures: { id: SnapshotId; error: RookeryError }[] = [];
+    for (const id of [...this.#core.snapshots.keys()]) {
+      try {
+        await this.#uploads.drop(id);
+        await this.#removeHere(id);
+      } catch (cause) {
+        failures.push({ id, error: asRookeryError(cause) });
+      }
+    }
+    return failures;
   }
 
   async #removeHere(id: SnapshotId): Promise<void> {
