@@ -22,7 +22,7 @@ export interface ServiceDeps {
   /** Aborts when the agent takes its leave: streams without an end of their own end then. */
   closing: AbortSignal;
   /** Destroys all that is on this host and lets the agent end; throws when something is left. */
-  endHost(): Promise<void>;
+  endHost: () => Promise<void>;
 }
 
 export function hostAgentService({

@@ -18,7 +18,6 @@ import { reap, tidy } from "./watches.ts";
 const IDS = ["a", "b", "c", "d", "e"].map(sandboxId);
 const [A, B] = IDS as [(typeof IDS)[0], (typeof IDS)[0]];
 const WHY = { reason: "control_plane_lost", message: "the host lost its control plane" };
-const MIB = 1 << 20;
 
 let root: string;
 const opened: { close(): Promise<void> }[] = [];

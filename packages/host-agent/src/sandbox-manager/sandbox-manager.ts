@@ -12,7 +12,7 @@ import type { OperationKind, SnapshotRecord } from "../journal/records.ts";
 import type { Places } from "../vm-pool/places.ts";
 import { requireMemory, requireRoom } from "./capacity.ts";
 import { notFound, repetitionOf, runCommand, staleGeneration, type AtWork } from "./commands.ts";
-import { envdTargetOf, newEvent, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
+import { envdTargetOf, persist, requirePhase, SandboxEntry, type Core } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
 import { randomHex } from "./new-ids.ts";
 import { forAll, pauseAll, type PausedAll } from "./for-all.ts";
