@@ -24,6 +24,8 @@ export function renderHost(host: Host): z.output<typeof HostSchema> {
     version: host.version,
     labels: host.labels,
     sandboxes: host.sandboxes,
+    strangers: host.strangers,
+    strangers_untouched: host.strangersUntouched,
     last_heartbeat_at: host.lastHeartbeatAt?.toISOString(),
     revoked_at: host.revokedAt?.toISOString(),
     created_at: host.createdAt.toISOString(),

@@ -49,6 +49,9 @@ export interface HostRecord {
   version?: string;
   load?: HostLoad;
   epoch: number;
+  /** Sandboxes on it that no row knows, as last seen; and whether they were too many to touch any. */
+  strangers: number;
+  strangersUntouched: boolean;
   eventLogId?: string;
   acknowledgedEvent: bigint;
   lastHeartbeatAt?: Date;
@@ -461,6 +464,8 @@ export function toHost(row: Selectable<Hosts>): HostRecord {
     version: row.version ?? undefined,
     load: row.load ?? undefined,
     epoch: row.epoch,
+    strangers: row.strangers,
+    strangersUntouched: row.strangers_untouched,
     eventLogId: row.event_log_id ?? undefined,
     acknowledgedEvent: row.acknowledged_event,
     lastHeartbeatAt: row.last_heartbeat_at ?? undefined,

@@ -81,6 +81,8 @@ export interface Hosts {
   public_key: string | null;
   revoked_at: Timestamp | null;
   status: Generated<"pending" | "online" | "unreachable">;
+  strangers: Generated<number>;
+  strangers_untouched: Generated<boolean>;
   team_id: TeamId | null;
   type: "shared" | "byoc";
   version: string | null;

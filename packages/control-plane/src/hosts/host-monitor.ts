@@ -11,8 +11,7 @@
  * compare-and-set, so what moved meanwhile waits for the next round. Work under
  * way is not judged here but by the sweep of deadlines.
  *
- * A sandbox that a host has and no row knows is left alone and reported: the
- * database may be the wrong one.
+ * What a host has and no row knows is the matter of strangers.ts.
  */
 import pLimit from "p-limit";
 import { touchReceptive } from "../db/cluster.ts";
@@ -30,6 +29,7 @@ import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal, isWork } from "../model/sandbox-state.ts";
 import type { AgentSandbox, HostAgent } from "./host-agent.ts";
 import { type HostDeps, agentOf, releaseVm, settleSandbox } from "./settle.ts";
+import { STRANGER_KEEP_MS, treatStrangers, welcomeBack } from "./strangers.ts";
 import { within } from "./within.ts";
 
 export interface MonitorOptions {
@@ -45,6 +45,8 @@ export interface MonitorOptions {
   compareEveryMs: number;
   /** Told of each check: why the host was compared, or that it was not. */
   onCheck?: (compared: CompareReason | "not") => void;
+  /** How long a sandbox that no row knows is kept; a day unless told otherwise. */
+  strangerKeepMs?: number;
 }
 
 /**
@@ -130,20 +132,30 @@ export class HostMonitor {
     await Promise.all(
       judged.map((row) =>
         limit(async () => {
-          if (!signal.aborted) await settleSandbox(this.#deps, agent, row, seen.get(row.id));
+          if (!signal.aborted) await this.#settle(agent, row, seen.get(row.id), signal);
         }),
       ),
     );
     const unclaimed = [...seen.values()].filter(({ id }) => !rows.has(id));
-    await this.#judgeUnclaimed(host, agent, unclaimed, signal);
+    await this.#judgeUnclaimed(host, agent, { unclaimed, total: seen.size }, signal);
     return !signal.aborted;
   }
 
-  /** What the host has, and no live row of it: ended rows' VMs go, strangers stay. */
+  async #settle(
+    agent: HostAgent,
+    row: SandboxSummaryRecord,
+    seen: AgentSandbox | undefined,
+    signal: AbortSignal,
+  ): Promise<void> {
+    const back = await welcomeBack(this.#deps, agent, seen, signal);
+    if (back !== "not-yet") await settleSandbox(this.#deps, agent, row, back);
+  }
+
+  /** What the host has, and no live row of it: ended rows' VMs go, strangers stay for now. */
   async #judgeUnclaimed(
     host: HostRecord,
     agent: HostAgent,
-    unclaimed: readonly AgentSandbox[],
+    { unclaimed, total }: { unclaimed: readonly AgentSandbox[]; total: number },
     signal: AbortSignal,
   ): Promise<void> {
     const { db, log } = this.#deps;
@@ -153,12 +165,8 @@ export class HostMonitor {
       for (const row of await findSandboxes(db, ids)) known.set(row.id, row);
     }
     const strangers = unclaimed.filter(({ id }) => !known.has(id));
-    if (strangers.length > 0) {
-      log.error(
-        { host: host.id, sandboxes: strangers.slice(0, 20).map(({ id }) => id), count: strangers.length },
-        "a host has sandboxes that no row knows; they are left alone. Is this the right database?",
-      );
-    }
+    const { strangerKeepMs: keepMs = STRANGER_KEEP_MS } = this.#options;
+    await treatStrangers(this.#deps, host, agent, { strangers, total, keepMs }, signal);
     const limit = pLimit(PARALLEL);
     await Promise.all(
       unclaimed.map(({ id, generation }) =>

@@ -217,16 +217,6 @@ test("a VM whose row is final, or names another host, is destroyed", async () =>
   assert.equal((await rowOf(elsewhere)).status, "running");
 });
 
-test("a sandbox that no row knows is left alone, and reported loudly", async () => {
-  const id = await create();
-  const stranger = "sbstranger0000000000";
-  host.agent.sandboxes.set(stranger, { ...fakeOf(id) });
-  await monitor.round(forever);
-  assert.ok(host.agent.sandboxes.has(stranger));
-  const report = plane.log.find(({ level }) => level === "error");
-  assert.deepEqual(report?.facts["sandboxes"], [stranger]);
-});
-
 test("a host that knows newer generations than the database is not commanded: the database is the old one", async () => {
   const id = await create();
   fakeOf(id).generation = 99n;

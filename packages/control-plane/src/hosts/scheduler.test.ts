@@ -19,6 +19,8 @@ function host(name: string, facts: Partial<HostRecord> = {}): HostRecord {
     cpus: 2,
     drivers: { vmm: "qemu" },
     epoch: 1,
+    strangers: 0,
+    strangersUntouched: false,
     acknowledgedEvent: 0n,
     createdAt: new Date(0),
     ...facts,

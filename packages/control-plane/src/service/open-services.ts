@@ -8,6 +8,7 @@ import { listTemplates } from "../db/templates.ts";
 import { Authenticator } from "./authenticate.ts";
 import { pauseSandbox, resumeSandbox } from "./command-sandbox.ts";
 import { createSandbox } from "./create-sandbox.ts";
+import { countStrangers } from "../db/host-strangers.ts";
 import type { Deps } from "./deps.ts";
 import { destroySandbox } from "./destroy-sandbox.ts";
 import { demandPlatform } from "./errors.ts";
@@ -76,6 +77,7 @@ export function openServices(given: Deps): Services {
     newRegistrationToken: (caller, id) => hosts.newRegistrationToken(deps, caller, id),
     listHosts: (caller, page) => hosts.listHosts(deps, caller, page),
     getHost: (caller, id) => hosts.getHost(deps, caller, id),
+    countStrangers: () => countStrangers(deps.db),
     updateHost: (caller, id, input) => hostLife.changeHost(deps, caller, id, input),
     setHostDraining: (caller, id, draining) => hostLife.changeHost(deps, caller, id, { draining }),
     revokeHost: (caller, id) => hostLife.revokeHost(deps, caller, id),

@@ -161,6 +161,9 @@ export interface Host {
   labels: Readonly<Record<string, string>>;
   /** Sandboxes of it that are not final. */
   sandboxes: number;
+  /** Sandboxes on it that no row knows; and whether they were too many to touch any. */
+  strangers: number;
+  strangersUntouched: boolean;
   lastHeartbeatAt?: Date;
   /** Its credentials were revoked, and it has not registered since. */
   revokedAt?: Date;
@@ -310,6 +313,8 @@ export interface Services {
   newRegistrationToken(caller: Caller, id: HostId): Promise<HostInvitation>;
   listHosts(caller: Caller, input: { limit: number; cursor?: string }): Promise<Page<Host>>;
   getHost(caller: Caller, id: HostId): Promise<Host>;
+  /** Over all hosts; for figures, so it is nobody's request. */
+  countStrangers(): Promise<{ sandboxes: number; untouchedHosts: number }>;
   updateHost(caller: Caller, id: HostId, input: UpdateHostInput): Promise<Host>;
   /** A draining host takes no new sandboxes; what it has stays. */
   setHostDraining(caller: Caller, id: HostId, draining: boolean): Promise<Host>;

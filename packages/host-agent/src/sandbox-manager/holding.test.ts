@@ -99,6 +99,7 @@ test("where the disk is full, guests are stopped in memory, shown as that, and c
   for (const id of [A, B]) {
     expect(vmOf(stage, id)).toBe("frozen");
     expect(await manager.get(id)).toMatchObject({ phase: "paused", inMemory: true, expiresAtUnixMs: 0 });
+    expect(manager.outline()).toContainEqual({ id, phase: "paused", generation: 1n });
     await expect(manager.withEnvd(id, async () => undefined)).rejects.toMatchObject({
       code: "wrong_state",
       details: { status: "paused" },
@@ -196,7 +197,10 @@ test("a paused stranger is only marked, and a command for it takes the mark away
     inMemory: false,
     strangerForMs: expect.any(Number),
   });
+  // Its digest differs from that of any row, so that it is looked at.
+  expect(manager.outline()).toMatchObject([{ id: A, phase: "failed" }]);
   expect(await manager.resume(operationOf(A, 3))).not.toHaveProperty("strangerForMs");
+  expect(manager.outline()).toMatchObject([{ id: A, phase: "running" }]);
   await manager.freeze(A);
   expect(await manager.pause(operationOf(A, 4))).not.toHaveProperty("strangerForMs");
   await manager.resume(operationOf(A, 5));

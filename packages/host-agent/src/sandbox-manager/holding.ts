@@ -14,7 +14,7 @@
 import { RookeryError } from "@rookery/protocol/errors";
 import type { SandboxRecord } from "../journal/records.ts";
 import { persist, reportPendingEvent, type Core, type SandboxEntry } from "./core.ts";
-import type { Lifetime } from "./sandbox.ts";
+import type { Lifetime, SandboxPhase } from "./sandbox.ts";
 import { startGuest } from "./start-guest.ts";
 import type { Step } from "./steps.ts";
 
@@ -28,6 +28,20 @@ export function hasMark({ frozen, stranger }: HoldMark): boolean {
 /** Is its guest stopped in memory? */
 export function isHeld(record: SandboxRecord): boolean {
   return record.phase === "running" && hasMark(record);
+}
+
+/** What all others see. */
+export function shownPhase(record: SandboxRecord): SandboxPhase {
+  return isHeld(record) ? "paused" : record.phase;
+}
+
+/**
+ * The same in a heartbeat's digest, save for a stranger: for as long as it is
+ * one it makes a difference to whatever rows there are, and no row that counts
+ * there is `failed`. So the control plane looks, and thaws it when it has a row.
+ */
+export function outlinedPhase(record: SandboxRecord): SandboxPhase {
+  return record.stranger === undefined ? shownPhase(record) : "failed";
 }
 
 /** For what needs a guest that runs. */

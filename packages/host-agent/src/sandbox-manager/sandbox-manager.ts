@@ -16,7 +16,7 @@ import { envdTargetOf, persist, requirePhase, SandboxEntry, type Core } from "./
 import { expiresAtMs } from "./expiry.ts";
 import { randomHex } from "./new-ids.ts";
 import { forAll, pauseAll, type PausedAll } from "./for-all.ts";
-import { requireNotHeld } from "./holding.ts";
+import { outlinedPhase, requireNotHeld } from "./holding.ts";
 import { create, destroy, goOn, hold, pause, resume, snapshot } from "./operations.ts";
 import type {
   EnvdTarget,
@@ -200,9 +200,9 @@ export class SandboxManager implements SandboxOperations {
 
   /** What a heartbeat tells of all sandboxes: from memory alone, however many there are. */
   outline(): Pick<SandboxView, "id" | "phase" | "generation">[] {
-    return Array.from(this.#core.sandboxes.values(), ({ id, phase, record }) => ({
+    return Array.from(this.#core.sandboxes.values(), ({ id, record }) => ({
       id,
-      phase,
+      phase: outlinedPhase(record),
       generation: record.generation,
     }));
   }

@@ -4,7 +4,7 @@
 import { isErrno } from "../host/errno.ts";
 import type { Core, SandboxEntry } from "./core.ts";
 import { expiresAtMs } from "./expiry.ts";
-import { isHeld } from "./holding.ts";
+import { isHeld, shownPhase } from "./holding.ts";
 import type { SandboxView } from "./sandbox.ts";
 
 export async function viewOfSandbox(core: Core, entry: SandboxEntry): Promise<SandboxView> {
@@ -15,7 +15,7 @@ export async function viewOfSandbox(core: Core, entry: SandboxEntry): Promise<Sa
   const held = isHeld(record);
   return {
     id: entry.id,
-    phase: held ? "paused" : record.phase,
+    phase: shownPhase(record),
     inMemory: held,
     generation: record.generation,
     vcpus: record.spec.vcpus,

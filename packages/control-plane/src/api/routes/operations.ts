@@ -1,6 +1,7 @@
 /** For those who run it: is it alive, is it ready, and its figures. */
 import { RookeryError } from "@rookery/protocol/errors";
 import type { FastifyRequest } from "fastify";
+import { Gauge } from "prom-client";
 import type { Registry } from "prom-client";
 import { z } from "zod";
 import type { Services } from "../../service/services.ts";
@@ -9,6 +10,17 @@ import type { Api } from "../context.ts";
 const Health = z.object({ status: z.literal("ok") }).meta({ id: "Health" });
 
 export async function operationRoutes(app: Api, services: Services, registry: Registry): Promise<void> {
+  const registers = [registry];
+  const strangers = new Gauge({
+    name: "rookery_stranger_sandboxes",
+    help: "Sandboxes that hosts have and the database does not know",
+    registers,
+  });
+  const untouched = new Gauge({
+    name: "rookery_hosts_with_untouched_strangers",
+    help: "Hosts with so many strangers that none is touched: is this the right database?",
+    registers,
+  });
   app.get(
     "/healthz",
     {
@@ -56,6 +68,14 @@ export async function operationRoutes(app: Api, services: Services, registry: Re
     async (request, reply) => {
       if (!isLocal(request)) {
         throw new RookeryError("forbidden", "figures are shown to callers on the loopback address only");
+      }
+      try {
+        const { sandboxes, untouchedHosts } = await services.countStrangers();
+        strangers.set(sandboxes);
+        untouched.set(untouchedHosts);
+      } catch (cause) {
+        // Without its database all other figures matter the more.
+        request.log.warn({ err: cause }, "strangers could not be counted");
       }
       return reply.type(registry.contentType).send(await registry.metrics());
     },

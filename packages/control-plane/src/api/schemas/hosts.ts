@@ -30,6 +30,12 @@ export const Host = z
     version: z.string().optional(),
     labels: z.record(z.string(), z.string()),
     sandboxes: z.int().describe("How many of its sandboxes are not final."),
+    strangers: z
+      .int()
+      .describe("Sandboxes on it that the database does not know: stopped, and destroyed after a while."),
+    strangers_untouched: z
+      .boolean()
+      .describe("There are so many strangers that none is touched: is this the right database?"),
     last_heartbeat_at: Time.optional(),
     revoked_at: Time.optional().describe("Its credentials were revoked, and it has not registered since."),
     created_at: Time,

@@ -308,6 +308,8 @@ export class FakeServices implements Services {
       ...(input.type === "byoc" ? { teamId: caller.teamId } : {}),
       status: "pending",
       sandboxes: 0,
+      strangers: 0,
+      strangersUntouched: false,
       createdAt: new Date(),
     };
     this.#hosts.set(host.id, host);
@@ -331,6 +333,14 @@ export class FakeServices implements Services {
     if (host === undefined || !isVisible(host, caller))
       throw new RookeryError("not_found", "there is no such host");
     return host;
+  }
+
+  async countStrangers(): ReturnType<Services["countStrangers"]> {
+    const hosts = [...this.#hosts.values()];
+    return {
+      sandboxes: hosts.reduce((sum, { strangers }) => sum + strangers, 0),
+      untouchedHosts: hosts.filter(({ strangersUntouched }) => strangersUntouched).length,
+    };
   }
 
   async updateHost(caller: Caller, id: HostId, input: Parameters<Services["updateHost"]>[2]): Promise<Host> {
