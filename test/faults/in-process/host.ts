@@ -167,7 +167,7 @@ export class SimulatedHost {
     const envd = simulatedEnvd(this.#processes);
     router.service(
       HostAgentService,
-      hostAgentService({ operations: manager, envd, clock, closing: life.signal }),
+      hostAgentService({ operations: manager, envd, clock, closing: life.signal, endHost: never }),
     );
     const handle = createUniversalHandlerClient(router.handlers);
     this.#current = { life, machine, core, manager, store, client, clock, serve: handle };
@@ -292,6 +292,8 @@ export class SimulatedHost {
       pauseAll: async () => {
         await manager.pauseAll({ reason: "control_plane_lost", message: "the host lost its control plane" });
       },
+      // No schedule deletes a host.
+      endHost: never,
       reach: () => undefined,
     });
     void link.run(life.signal).catch(() => undefined);
