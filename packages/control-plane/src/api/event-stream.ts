@@ -68,8 +68,8 @@ interface Framing {
   end: AbortController;
   heartbeatMs: number;
   stallMs: number;
-  cut(): void;
-  isStillAllowed(): Promise<boolean>;
+  cut: () => void;
+  isStillAllowed: () => Promise<boolean>;
 }
 
 async function* framesOf(events: AsyncIterable<FollowedEvent>, framing: Framing): AsyncGenerator<string> {

@@ -45,12 +45,13 @@ function open(path = "/v1/events", headers: Record<string, string> = {}, signal?
 async function read(response: Response, isEnough: (text: string) => boolean): Promise<string> {
   const reader = response.body?.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
-  while (reader && !isEnough(text)) {
+  if (!reader) return text;
+  while (!isEnough(text)) {
     const { done, value } = await reader.read();
     if (done) break;
     text += value;
   }
-  reader?.releaseLock();
+  reader.releaseLock();
   return text;
 }
 

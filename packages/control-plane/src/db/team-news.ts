@@ -103,14 +103,13 @@ export class TeamNews {
 
   /** Listens until `signal` aborts, over one connection, which is opened again whenever it breaks. */
   async listen(clock: Clock, signal: AbortSignal): Promise<void> {
-    const { onError } = this.#options;
     for (let againMs = FIRST_AGAIN_MS; !signal.aborted; againMs = Math.min(2 * againMs, LAST_AGAIN_MS)) {
       try {
         await this.#listenOnce(clock, signal, () => {
           againMs = FIRST_AGAIN_MS;
         });
       } catch (cause) {
-        if (!signal.aborted) onError(cause, "no news from other replicas for now");
+        if (!signal.aborted) this.#options.onError(cause, "no news from other replicas for now");
       }
       await clock.sleep(againMs, signal);
     }

@@ -6,7 +6,7 @@
  * after the commit is it acknowledged: whichever side dies, nothing is lost,
  * and what is read twice applies once.
  */
-import { type ErrorCode, isErrorCode } from "@rookery/protocol/errors";
+import { type ErrorCode, RookeryError, isErrorCode } from "@rookery/protocol/errors";
 import {
   type HostRecord,
   adoptEventLog,
@@ -17,6 +17,7 @@ import {
 import { type SandboxSummaryRecord, findSandboxes, moveSandbox } from "../db/sandboxes.ts";
 import type { HostId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
+import { Allowance } from "./allowance.ts";
 import type { AgentEvent, HostAgent } from "./host-agent.ts";
 import { type HostDeps, agentOf, releaseVm } from "./settle.ts";
 
@@ -29,6 +30,13 @@ export interface ReaderOptions {
   /** Before a stream that broke is opened again. */
   againMs: number;
 }
+
+/**
+ * All sandboxes of a host may expire together; one that goes on like that lies,
+ * and harms itself: its own events come late.
+ */
+const ALLOWANCE = { burst: 5_000, perSec: 50 };
+const MAX_LOG_ID_LENGTH = 128;
 
 const EVENTS: Readonly<Record<string, SandboxEvent>> = {
   paused: "seenPaused",
@@ -85,7 +93,11 @@ export class EventReader {
 
   async #readAlways(host: HostRecord, agent: HostAgent, signal: AbortSignal): Promise<void> {
     const { clock, log } = this.#deps;
-    const read = { logId: host.eventLogId, after: host.acknowledgedEvent };
+    const read = {
+      logId: host.eventLogId,
+      after: host.acknowledgedEvent,
+      allowance: new Allowance({ ...ALLOWANCE, now: clock.now() }),
+    };
     while (!signal.aborted) {
       try {
         await this.#follow(host.id, agent, read, signal);
@@ -99,10 +111,16 @@ export class EventReader {
   async #follow(
     id: HostId,
     agent: HostAgent,
-    read: { logId: string | undefined; after: bigint },
+    read: { logId: string | undefined; after: bigint; allowance: Allowance },
     signal: AbortSignal,
   ): Promise<void> {
+    const { clock } = this.#deps;
     for await (const { logId, event } of agent.followEvents(read.after, signal)) {
+      // Meanwhile the stream's own flow control holds the host back.
+      const waitMs = read.allowance.take(clock.now());
+      if (waitMs > 0) await clock.sleep(waitMs, signal);
+      if (signal.aborted) return;
+      if (logId.length > MAX_LOG_ID_LENGTH) throw nonsense("its log's id is too long");
       if (logId !== read.logId) {
         // Numbers of another log mean nothing in this one: it is read from its beginning.
         await adoptEventLog(this.#deps.db, id, logId);
@@ -112,6 +130,7 @@ export class EventReader {
         if (!isFromStart) return;
       }
       if (!event) continue;
+      if (event.number <= read.after) throw nonsense("its events go backwards");
       await this.apply(id, agent, logId, event);
       read.after = event.number;
       await agent.acknowledgeEvents(logId, event.number);
@@ -124,11 +143,12 @@ export class EventReader {
     const moved = await db.transaction().execute(async (tx) => {
       // First: hosts are locked before their sandboxes, here as everywhere (db/sandboxes.ts).
       await recordEventRead(tx, id, logId, event.number);
-      const [row] = await findSandboxes(tx, [event.sandboxId]);
+      const [row] = event.sandboxId ? await findSandboxes(tx, [event.sandboxId]) : [];
       const change = row && changeOf(id, row, event);
       return change && moveSandbox(tx, row, change.event, change.patch);
     });
     if (!moved) return;
+    db.news.tell(moved.teamId);
     log.info(
       { host: id, sandbox: event.sandboxId, kind: event.kind, reason: event.reason, status: moved.status },
       "a host did something by itself",
@@ -136,6 +156,9 @@ export class EventReader {
     if (isFinal(moved.status)) await releaseVm(this.#deps, agent, moved);
   }
 }
+
+const nonsense = (what: string): RookeryError =>
+  new RookeryError("host_error", `The host's word makes no sense: ${what}.`);
 
 function changeOf(
   hostId: HostId,
@@ -150,6 +173,10 @@ function changeOf(
   // Work under way ends with its own answer; only its death is news.
   if (isWork(row.status) && event !== "died") return undefined;
   const code: ErrorCode = isErrorCode(reason) ? reason : "guest_error";
-  const error = event === "died" ? { code, message: message || reason } : undefined;
-  return { event, patch: { ...(event !== "seenRunning" && { expiresAt: null }), error } };
+  const error =
+    event === "died" ? { code, message: message || reason || "Its VM ended by itself." } : undefined;
+  return {
+    event,
+    patch: { ...(event !== "seenRunning" && { expiresAt: null }), error, reason: reason || undefined },
+  };
 }

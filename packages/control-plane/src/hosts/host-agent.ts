@@ -66,7 +66,8 @@ export interface AgentExecResult {
 
 export interface AgentEvent {
   number: bigint;
-  sandboxId: SandboxId;
+  /** Undefined: the host names what is no sandbox. */
+  sandboxId: SandboxId | undefined;
   generation: bigint;
   kind: string;
   reason: string;

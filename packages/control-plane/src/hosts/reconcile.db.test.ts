@@ -469,6 +469,79 @@ test("what a host did by itself reaches the row, and is acknowledged after", asy
   }
 });
 
+test("the row follows within 2 s, without any round, and its event says why", async () => {
+  const ids = await Promise.all(Array.from({ length: 5 }, create));
+  const reader = openReader("replica-a");
+  await reader.round();
+  try {
+    await expect.poll(() => host.agent.callsOf("streamEvents").length, { timeout: 5_000 }).toBe(1);
+    for (const id of ids) {
+      const began = performance.now();
+      host.agent.emit({ sandboxId: id, kind: "paused", reason: "expired" }, "PAUSED");
+      await expect
+        .poll(async () => (await rowOf(id)).status, { interval: 5, timeout: 10_000 })
+        .toBe("paused");
+      assert.ok(performance.now() - began < 2_000, `${performance.now() - began} ms`);
+    }
+    const { items } = await plane.services.listSandboxEvents(caller, ids[0] as SandboxId, { limit: 1 });
+    assert.deepEqual([items[0]?.status, items[0]?.reason], ["paused", "expired"]);
+  } finally {
+    await reader.close();
+  }
+});
+
+test("a host that lies in its events harms no sandbox but its own, and holds up nothing", async () => {
+  const own = await create();
+  const other = await plane.newHost();
+  const drain = (id: TestHost["id"]) =>
+    plane.deps.db
+      .updateTable("hosts")
+      .set({ draining: true, next_check_at: new Date("2100-01-01") })
+      .where("id", "=", id)
+      .execute();
+  await drain(host.id);
+  const foreign = await create();
+  const reader = openReader("replica-a");
+  try {
+    assert.equal((await rowOf(foreign)).hostId, other.id);
+    for (let index = 0; index < 20; index++) {
+      host.agent.emit({ sandboxId: foreign, kind: "failed", reason: "x", generation: 1n });
+      host.agent.emit({ sandboxId: "../etc/passwd", kind: "failed", reason: "x" });
+      host.agent.emit({ sandboxId: plane.deps.ids.sandbox(), kind: "no such kind", reason: "x" });
+    }
+    const message = `\0${"long ".repeat(1_000)}`;
+    host.agent.emit({ sandboxId: own, kind: "failed", reason: "\0", message }, "FAILED");
+    await reader.round();
+    await expect.poll(async () => (await rowOf(own)).status, { timeout: 20_000 }).toBe("error");
+    assert.equal((await rowOf(foreign)).status, "running");
+    const { error } = await rowOf(own);
+    assert.ok(error && error.message.length <= 1_000 && error.code === "guest_error");
+    await expect.poll(() => host.agent.acknowledged, { timeout: 20_000 }).toBe(61n);
+  } finally {
+    await reader.close();
+    await drain(other.id);
+  }
+});
+
+test("an event whose acknowledgement is lost is applied once: by who reads next, as read", async () => {
+  const id = await create();
+  host.agent.before = failing("acknowledgeEvents", "host_error");
+  const [first, second] = [openReader("replica-a"), openReader("replica-b")];
+  await first.round();
+  host.agent.emit({ sandboxId: id, kind: "paused", reason: "expired" }, "PAUSED");
+  await expect.poll(async () => (await rowOf(id)).status, { timeout: 10_000 }).toBe("paused");
+  await first.close();
+  const { generation } = await rowOf(id);
+  assert.equal(host.agent.acknowledged, 0n);
+  host.agent.before = () => undefined;
+  await second.round();
+  const next = await create();
+  host.agent.emit({ sandboxId: next, kind: "paused", reason: "expired" }, "PAUSED");
+  await expect.poll(() => host.agent.acknowledged, { timeout: 10_000 }).toBe(2n);
+  await second.close();
+  assert.equal((await rowOf(id)).generation, generation);
+});
+
 test("an event of an older command does nothing but count as read", async () => {
   const id = await create();
   host.agent.emit({ sandboxId: id, kind: "paused", generation: 1n }, "RUNNING");

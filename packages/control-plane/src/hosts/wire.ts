@@ -59,7 +59,10 @@ export function fromSandbox(wire: WireSandbox | undefined): AgentSandbox {
     startedAt: fromTime(wire.startedAtUnixMs),
     expiresAt: fromTime(wire.expiresAtUnixMs),
     diskUsedBytes: Number(wire.diskUsedBytes),
-    exit: phase === "failed" ? { code: wire.exitCode, message: wire.exitMessage } : undefined,
+    exit:
+      phase === "failed"
+        ? { code: shownReason(wire.exitCode), message: shownMessage(wire.exitMessage) }
+        : undefined,
   };
 }
 
@@ -74,5 +77,20 @@ export function fromTime(unixMs: bigint): Date | undefined {
 
 export function fromEvent(wire: HostEvent): AgentEvent {
   const { number, sandboxId, generation, kind, reason, message } = wire;
-  return { number, sandboxId: fromId(sandboxId), generation, kind, reason, message };
+  return {
+    number,
+    // One that makes no sense must not hold up those after it.
+    sandboxId: isSandboxId(sandboxId) ? sandboxId : undefined,
+    generation,
+    kind,
+    reason: shownReason(reason),
+    message: shownMessage(message),
+  };
 }
+
+const MAX_MESSAGE_LENGTH = 1_000;
+
+/** Words of a host that go into rows and answers: short, and storable. */
+const shownReason = (text: string): string => (/^[a-z][a-z0-9_]{0,63}$/.test(text) ? text : "");
+const shownMessage = (text: string): string =>
+  text.slice(0, MAX_MESSAGE_LENGTH).replaceAll("\0", "").toWellFormed();

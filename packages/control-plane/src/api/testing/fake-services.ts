@@ -170,7 +170,7 @@ export class FakeServices implements Services {
     signal.addEventListener("abort", () => this.following--, { once: true });
     return (async function* () {
       yield* events;
-      while (endless && !signal.aborted) yield endless();
+      if (endless) for (;;) yield endless();
       if (!signal.aborted) await once(signal, "abort");
     })();
   }
