@@ -58,8 +58,10 @@ async function serve(config: Config, log: Logger): Promise<void> {
   // What is not finished by then is settled by another replica, or by our next start.
   const hardEnd = setTimeout(() => {
     log.warn({}, "requests were cut short");
+    api.cutShort();
     log.flush();
-    process.exit(0);
+    // For the answers to get out.
+    setTimeout(() => process.exit(0), 250);
   }, config.shutdownMs);
   await api.close();
   await plane.close();

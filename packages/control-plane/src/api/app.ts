@@ -14,6 +14,7 @@ import { Registry } from "prom-client";
 import type { Services } from "../service/services.ts";
 import { authenticateRequests } from "./authentication.ts";
 import { DEFAULT_LIMITS } from "./context.ts";
+import { answerWhatIsCutShort } from "./cut-short.ts";
 import type { Api, ApiLimits, ApiOptions } from "./context.ts";
 import { answerClientError, answerError } from "./error-answer.ts";
 import { acceptJson } from "./json-body.ts";
@@ -55,6 +56,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
   });
   refuseMalformedRequests(app);
   const closing = refuseWhenClosing(app);
+  answerWhatIsCutShort(app);
   acceptJson(app, limits);
   await authenticateRequests(app, services, limits);
   await describeApi(app, options.version);

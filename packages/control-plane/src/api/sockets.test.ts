@@ -306,3 +306,29 @@ function partHead(name: string): string {
 function part(name: string, value: string): string {
   return `--b\r\nContent-Disposition: form-data; name="${name}"\r\n\r\n${value}\r\n`;
 }
+
+describe("a server that can wait no longer", () => {
+  test("tells whoever waits for an answer, and then ends", async () => {
+    const ending = await openTestApi();
+    const endingPort = await listen(ending.app);
+    const made = await ending.call("POST", "/v1/sandboxes", {});
+    const arrived = Promise.withResolvers<void>();
+    const never = Promise.withResolvers<never>();
+    ending.services.onExec = () => {
+      arrived.resolve();
+      return never.promise;
+    };
+    const waiting = fetch(`http://127.0.0.1:${endingPort}/v1/sandboxes/${made.body.id}/exec`, {
+      method: "POST",
+      headers: { ...json, "x-api-key": ending.services.keys.member },
+      body: JSON.stringify({ cmd: "sleep" }),
+    });
+    await arrived.promise;
+    const closing = ending[Symbol.asyncDispose]();
+    ending.app.cutShort();
+    const response = await waiting;
+    expect([response.status, response.headers.get("retry-after")]).toEqual([503, "5"]);
+    expect(((await response.json()) as { error: object }).error).toMatchObject({ code: "unavailable" });
+    await closing;
+  });
+});
