@@ -3,7 +3,7 @@
  * what callers were told against what the database and the machines say.
  */
 import type { History } from "./history.ts";
-import type { MachineFacts, Observed, SandboxRow } from "./world.ts";
+import type { MachineFacts, Observed, SandboxRow, World } from "./world.ts";
 
 export interface Violation {
   what: string;
@@ -13,11 +13,16 @@ export interface Violation {
 const FINAL = new Set(["stopped", "error"]);
 const SETTLED = new Set(["running", "paused", "stopped", "error"]);
 
-export function judge(history: History, seen: Observed, doubleCredentials: readonly string[]): Violation[] {
+export function judge(
+  history: History,
+  seen: Observed,
+  { doubleCredentials, staleCommands }: Pick<World, "doubleCredentials" | "staleCommands">,
+): Violation[] {
   const rows = new Map(seen.sandboxes.map((row) => [row.id, row]));
   return [
     ...history.wrongAnswers.map(({ what, ...details }) => ({ what: `wrong answer: ${what}`, ...details })),
     ...doubleCredentials.map((credential) => ({ what: "a credential was good twice", credential })),
+    ...staleCommands.map((command) => ({ what: "a late command was carried out", command })),
     ...judgeCreates(history, seen, rows),
     ...judgeRows(seen),
     ...judgeMachines(seen, rows),

@@ -66,7 +66,7 @@ export async function runSeed(options: {
 async function settle(world: World, history: History, pace: number): Promise<Violation[]> {
   const giveUpAt = performance.now() + SETTLE_LIMIT_MS * pace;
   for (;;) {
-    const violations = judge(history, await world.observe(), world.doubleCredentials);
+    const violations = judge(history, await world.observe(), world);
     if (violations.length === 0 || performance.now() > giveUpAt) return violations;
     await sleep(100);
   }

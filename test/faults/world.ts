@@ -31,6 +31,8 @@ export interface World extends AsyncDisposable {
   observe(): Promise<Observed>;
   /** What two proofs of one kind should not both have got. */
   readonly doubleCredentials: readonly string[];
+  /** Commands that were carried out after a newer one. */
+  readonly staleCommands: readonly string[];
   /** Faults that happened, by kind. */
   readonly faults: Readonly<Record<string, number>>;
 }

@@ -36,6 +36,7 @@ import { memoryProcessTable } from "../../../packages/host-agent/src/vmm/simulat
 import type { Random } from "../random.ts";
 import type { MachineFacts } from "../world.ts";
 import { simulatedEnvd } from "./envd.ts";
+import { GenerationWatch } from "./generations.ts";
 import { leaksOf } from "./leaks.ts";
 import { Life, never } from "./life.ts";
 import type { Log } from "./log.ts";
@@ -89,6 +90,7 @@ export class SimulatedHost {
   delayMs = 0;
   /** Called when a failpoint that was to end the agent is reached. */
   onFailpoint: (() => void) | undefined;
+  readonly generations = new GenerationWatch();
   /** Refresh tokens that it had, oldest first. */
   readonly refreshTokens: string[] = [];
 
@@ -167,7 +169,13 @@ export class SimulatedHost {
     const envd = simulatedEnvd(this.#processes);
     router.service(
       HostAgentService,
-      hostAgentService({ operations: manager, envd, clock, closing: life.signal, endHost: never }),
+      hostAgentService({
+        operations: this.generations.around(manager),
+        envd,
+        clock,
+        closing: life.signal,
+        endHost: never,
+      }),
     );
     const handle = createUniversalHandlerClient(router.handlers);
     this.#current = { life, machine, core, manager, store, client, clock, serve: handle };

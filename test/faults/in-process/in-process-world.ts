@@ -100,6 +100,10 @@ export class InProcessWorld implements World {
     return this.#credentials.violations;
   }
 
+  get staleCommands(): readonly string[] {
+    return this.#hosts.flatMap(({ generations }) => generations.violations);
+  }
+
   async #begin(): Promise<void> {
     await Promise.all(this.#replicas.map((replica) => replica.start()));
     const { key } = await bootstrap(this.#replicas[0]!.plane!.deps, { newKey: true });
