@@ -102,7 +102,7 @@ export default {
           "sandbox-manager|vm-pool|journal|events|vmm|root-disk|guest-network|warm-images|image|guest|host|failpoints",
         ),
         "^packages/host-agent/src/ids",
-        "^packages/protocol/src/errors",
+        "^packages/protocol/src/(errors|memory-compat)",
       ],
       "order, states, recovery",
     ),

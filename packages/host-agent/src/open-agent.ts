@@ -9,6 +9,7 @@ import { availableParallelism, totalmem } from "node:os";
 import { RookeryError } from "@rookery/protocol/errors";
 import type { Logger } from "pino";
 import type { Config } from "./config.ts";
+import type { SnapshotSharing } from "./control-plane/control-plane-client.ts";
 import { REFRESH_FAILPOINTS } from "./control-plane/control-plane-link.ts";
 import { END_FAILPOINTS } from "./control-plane/host-ending.ts";
 import { REGISTER_FAILPOINTS } from "./control-plane/register.ts";
@@ -34,6 +35,9 @@ import type { VmmDriver, VmmProbe } from "./vmm/vmm.ts";
 import type { PlaceMaker } from "./warm-images/build-warm-image.ts";
 import { WarmImageStore } from "./warm-images/warm-image-store.ts";
 
+/** A heartbeat does not wait longer for a store that does not answer. */
+const STORE_LOOK_MS = 3_000;
+
 export interface Agent extends AsyncDisposable {
   manager: SandboxManager;
   envd: Guests;
@@ -42,6 +46,8 @@ export interface Agent extends AsyncDisposable {
   vmmProbe: VmmProbe;
   rootDisk: RootDiskDriver;
   network: GuestNetworkDriver;
+  /** What this host can do with snapshots of others. */
+  snapshotSharing(): Promise<SnapshotSharing>;
 }
 
 export interface AgentOptions {
@@ -153,6 +159,10 @@ export async function openAgent({ config, logger, seize, signal, world = {} }: A
       vmmProbe,
       rootDisk,
       network,
+      snapshotSharing: async () => ({
+        compat: compat(await vmm.fingerprint(signal)),
+        storeId: await snapshotStore?.snapshots.storeId(AbortSignal.timeout(STORE_LOOK_MS)),
+      }),
       [Symbol.asyncDispose]: () => resources.disposeAsync(),
     };
   } catch (cause) {

@@ -158,6 +158,7 @@ async function serveRegistered(agent: Agent, serving: Registered): Promise<void>
       random,
       sandboxes: () => manager.outline(),
       load: (sandboxes) => readLoad(config.dataDir, sandboxes),
+      snapshots: () => agent.snapshotSharing(),
       events: manager.events,
       pauseAll: () => pauseAll(manager, logger),
       endHost: () => ending.end(),

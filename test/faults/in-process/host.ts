@@ -296,6 +296,7 @@ export class SimulatedHost {
       random: () => linkRandom.next(),
       sandboxes: () => manager.outline(),
       load: async (sandboxes) => ({ cpus: 0, memoryMbUsed: 0, diskMbFree: 50_000, sandboxes }),
+      snapshots: async () => ({ compat: "simulated" }),
       events: core.events,
       pauseAll: async () => {
         await manager.pauseAll({ reason: "control_plane_lost", message: "the host lost its control plane" });

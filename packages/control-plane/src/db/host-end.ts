@@ -100,6 +100,7 @@ export async function contentsOfHost(db: Queryable, id: HostId, limit: number): 
     .select(sql<number>`(count(*) over ())::int`.as("count"))
     .where("host_id", "=", id)
     .where("status", "=", "ready")
+    .where(isNowhereElse(id))
     .orderBy("id")
     .limit(limit)
     .execute();
@@ -114,6 +115,12 @@ export async function contentsOfHost(db: Queryable, id: HostId, limit: number): 
     })),
     snapshotCount: snapshots[0]?.count ?? 0,
   };
+}
+
+/** In no object store, and on no other host. */
+function isNowhereElse(hostId: HostId) {
+  return sql<boolean>`snapshots.store_id is null and not exists (select from snapshot_copies
+    where snapshot_id = snapshots.id and snapshot_copies.host_id <> ${hostId} and not deleting)`;
 }
 
 export type Deletion =
@@ -152,7 +159,8 @@ export async function deleteHost(
       if (contents.sandboxCount > 0 || contents.snapshotCount > 0) return { kind: "occupied", contents };
     }
     const stopped = await stopSandboxesOfHost(tx, id);
-    await tx.deleteFrom("snapshots").where("host_id", "=", id).execute();
+    await tx.deleteFrom("snapshots").where("host_id", "=", id).where(isNowhereElse(id)).execute();
+    await tx.deleteFrom("snapshot_copies").where("host_id", "=", id).execute();
     await tx.deleteFrom("host_registration_tokens").where("host_id", "=", id).execute();
     await tx
       .updateTable("hosts")

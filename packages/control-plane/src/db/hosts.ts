@@ -52,6 +52,10 @@ export interface HostRecord {
   /** Sandboxes on it that no row knows, as last seen; and whether they were too many to touch any. */
   strangers: number;
   strangersUntouched: boolean;
+  /** Memory of which other hosts it can load. */
+  snapshotCompat?: string;
+  /** Object store that it uses. */
+  storeId?: string;
   eventLogId?: string;
   acknowledgedEvent: bigint;
   lastHeartbeatAt?: Date;
@@ -230,6 +234,8 @@ export interface Heartbeat {
   load: HostLoad;
   digest: string;
   eventLogId: string;
+  /** Absent: an agent that shares no snapshots. */
+  snapshots?: { compat: string; storeId?: string | undefined } | undefined;
 }
 
 /**
@@ -262,6 +268,8 @@ export async function recordHeartbeat(
       digest: heartbeat.digest,
       digest_differs: sql<boolean>`${heartbeat.digest} <> ${digestOfHost(id)}`,
       compared_at: sql<Date | null>`case when before.status = 'online' then hosts.compared_at end`,
+      snapshot_compat: heartbeat.snapshots?.compat ?? null,
+      store_id: heartbeat.snapshots?.storeId ?? null,
       next_check_at: sql<Date>`case when before.status = 'online' then hosts.next_check_at else now() end`,
       acknowledged_event: sql<bigint>`case when hosts.event_log_id = ${heartbeat.eventLogId} then hosts.acknowledged_event else 0 end`,
       event_log_id: heartbeat.eventLogId,
@@ -463,6 +471,8 @@ export function toHost(row: Selectable<Hosts>): HostRecord {
     drivers: row.drivers ?? undefined,
     version: row.version ?? undefined,
     load: row.load ?? undefined,
+    snapshotCompat: row.snapshot_compat ?? undefined,
+    storeId: row.store_id ?? undefined,
     epoch: row.epoch,
     strangers: row.strangers,
     strangersUntouched: row.strangers_untouched,

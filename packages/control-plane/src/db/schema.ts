@@ -80,7 +80,9 @@ export interface Hosts {
   next_check_at: Generated<Timestamp>;
   public_key: string | null;
   revoked_at: Timestamp | null;
+  snapshot_compat: string | null;
   status: Generated<"pending" | "online" | "unreachable">;
+  store_id: string | null;
   strangers: Generated<number>;
   strangers_untouched: Generated<boolean>;
   team_id: TeamId | null;
@@ -147,7 +149,14 @@ export interface SandboxEvents {
   team_id: TeamId;
 }
 
+export interface SnapshotCopies {
+  deleting: Generated<boolean>;
+  host_id: HostId;
+  snapshot_id: SnapshotId;
+}
+
 export interface Snapshots {
+  compat: string | null;
   created_at: Generated<Timestamp>;
   disk_mb: number;
   host_id: HostId;
@@ -157,6 +166,7 @@ export interface Snapshots {
   operation_deadline: Timestamp | null;
   size_bytes: Generated<bigint>;
   status: "creating" | "ready" | "deleting";
+  store_id: string | null;
   team_id: TeamId;
   vcpus: number;
 }
@@ -189,6 +199,7 @@ export interface DB {
   idempotency_keys: IdempotencyKeys;
   sandbox_events: SandboxEvents;
   sandboxes: Sandboxes;
+  snapshot_copies: SnapshotCopies;
   snapshots: Snapshots;
   teams: Teams;
   templates: Templates;

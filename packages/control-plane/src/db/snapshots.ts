@@ -1,6 +1,6 @@
 /**
  * Snapshots: `creating` while a host makes one, `ready` when it may be used,
- * `deleting` until its host has forgotten it. Only `ready` ones have their name.
+ * `deleting` until its hosts have forgotten it. Only `ready` ones have their name.
  */
 import { type Selectable, sql } from "kysely";
 import type { HostId, SnapshotId, TeamId } from "../model/ids.ts";
@@ -20,6 +20,10 @@ export interface SnapshotRecord {
   memoryMb: number;
   diskMb: number;
   sizeBytes: number;
+  /** What a host must have to load it; absent: only its own may. */
+  compat?: string;
+  /** Object store that has all of it. */
+  storeId?: string;
   createdAt: Date;
 }
 
@@ -33,7 +37,10 @@ export async function insertSnapshot(
   },
 ): Promise<boolean> {
   const { numAffectedRows } = await sql`
-    with host as (select id from hosts where id = ${input.hostId} and deleted_at is null for share)
+    with host as (select id from hosts where id = ${input.hostId} and deleted_at is null for share),
+    copy as (
+      insert into snapshot_copies (snapshot_id, host_id) select ${input.id}, id from host
+    )
     insert into snapshots (id, team_id, name, host_id, status, vcpus, memory_mb, disk_mb, operation_deadline)
     select ${input.id}, ${input.teamId}, ${input.name}, id, 'creating', ${input.vcpus}::int,
       ${input.memoryMb}::int, ${input.diskMb}::int, now() + ${interval(input.deadlineMs)}
@@ -49,7 +56,7 @@ export async function insertSnapshot(
 export async function completeSnapshot(
   tx: Queryable,
   id: SnapshotId,
-  made: { vcpus: number; memoryMb: number; diskMb: number; sizeBytes: number },
+  made: { vcpus: number; memoryMb: number; diskMb: number; sizeBytes: number; compat?: string | undefined },
   options: { overwrite: boolean },
 ): Promise<SnapshotRecord | undefined> {
   if (options.overwrite) {
@@ -73,6 +80,7 @@ export async function completeSnapshot(
       memory_mb: made.memoryMb,
       disk_mb: made.diskMb,
       size_bytes: BigInt(made.sizeBytes),
+      compat: made.compat ?? null,
     })
     .where("id", "=", id)
     .where("status", "=", "creating")
@@ -150,7 +158,7 @@ export async function markSnapshotDeleting(
   return numUpdatedRows === 1n;
 }
 
-/** Its host has forgotten it. */
+/** Every host that could be reached has forgotten it. */
 export async function removeSnapshot(db: Queryable, id: SnapshotId): Promise<void> {
   await db.deleteFrom("snapshots").where("id", "=", id).where("status", "=", "deleting").execute();
 }
@@ -191,6 +199,8 @@ export function toSnapshot(row: Selectable<Snapshots>): SnapshotRecord {
     memoryMb: row.memory_mb,
     diskMb: row.disk_mb,
     sizeBytes: Number(row.size_bytes),
+    compat: row.compat ?? undefined,
+    storeId: row.store_id ?? undefined,
     createdAt: row.created_at,
   };
 }

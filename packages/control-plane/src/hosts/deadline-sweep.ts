@@ -17,8 +17,9 @@ import {
   extendDeadline,
   moveSandbox,
 } from "../db/sandboxes.ts";
-import { type SnapshotRecord, claimOverdueSnapshots, removeSnapshot } from "../db/snapshots.ts";
+import { type SnapshotRecord, claimOverdueSnapshots } from "../db/snapshots.ts";
 import type { HostId } from "../model/ids.ts";
+import { forgetSnapshot } from "./forget-snapshot.ts";
 import { type HostDeps, endSandbox, settleSandbox } from "./settle.ts";
 import { within } from "./within.ts";
 
@@ -105,10 +106,6 @@ export class DeadlineSweep {
   }
 
   async #forget(row: SnapshotRecord): Promise<void> {
-    const { db, pool } = this.#deps;
-    const host = await findHostEndpoint(db, row.hostId);
-    // A host that was deleted has nothing of ours to forget.
-    if (host) await pool.agent(host).deleteSnapshot(row.id);
-    await removeSnapshot(db, row.id);
+    await forgetSnapshot(this.#deps, row.id);
   }
 }

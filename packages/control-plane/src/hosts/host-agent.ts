@@ -111,7 +111,19 @@ export interface HostAgent {
     operation: AgentOperation,
     snapshotId: SnapshotId,
     teamId: TeamId,
-  ): Promise<{ vcpus: number; memoryMb: number; diskMb: number; sizeBytes: number }>;
+  ): Promise<{
+    vcpus: number;
+    memoryMb: number;
+    diskMb: number;
+    sizeBytes: number;
+    compat?: string | undefined;
+  }>;
+  /** Of `ids`, those that lie in an object store as wholes, and in which. */
+  storedSnapshots(
+    ids: readonly SnapshotId[],
+    signal: AbortSignal,
+  ): Promise<{ id: SnapshotId; storeId: string }[]>;
+  /** On that host and in its object store. */
   deleteSnapshot(id: SnapshotId): Promise<void>;
 
   /** Events after a number, then the ones that come, until `signal` aborts. */

@@ -18,7 +18,7 @@ import {
 } from "@rookery/protocol/hostagent";
 import { ExponentialBackoff, handleWhen, retry } from "cockatiel";
 import type { HostEndpoint } from "../db/hosts.ts";
-import type { SandboxId } from "../model/ids.ts";
+import { isSnapshotId, type SandboxId } from "../model/ids.ts";
 import { fromAgentError } from "./agent-errors.ts";
 import type { HostAgent } from "./host-agent.ts";
 import { HostSession } from "./host-session.ts";
@@ -201,12 +201,17 @@ function hostAgent(client: Client<typeof HostAgentService>, options: HostClientO
     createSnapshot: (operation, snapshotId, teamId) =>
       repeatable(async () => {
         const request = { operation: toOperation(operation, clusterId), snapshotId, teamId };
-        const { vcpus, memoryMb, diskMb, sizeBytes } = await client.createSnapshot(
-          request,
-          until(operation.deadline),
-        );
-        return { vcpus, memoryMb, diskMb, sizeBytes: Number(sizeBytes) };
+        const made = await client.createSnapshot(request, until(operation.deadline));
+        const { vcpus, memoryMb, diskMb, sizeBytes, compat } = made;
+        return { vcpus, memoryMb, diskMb, sizeBytes: Number(sizeBytes), compat: compat || undefined };
       }),
+    storedSnapshots: (snapshotIds, signal) =>
+      once(async () => {
+        const { snapshots } = await client.getSnapshots({ snapshotIds: [...snapshotIds] }, { signal });
+        return snapshots.flatMap(({ snapshotId: id, storeId }) =>
+          isSnapshotId(id) && storeId !== "" ? [{ id, storeId }] : [],
+        );
+      }, signal),
     deleteSnapshot: (snapshotId) =>
       repeatable(async () => {
         await client.deleteSnapshot({ snapshotId, clusterId }, { timeoutMs });

@@ -25,8 +25,10 @@ import {
 } from "../db/hosts.ts";
 import { type SandboxSummaryRecord, findSandboxes, liveSandboxesOfHost } from "../db/sandboxes.ts";
 import { loseSandboxesOfHost } from "../db/sandboxes-of-host.ts";
+import { recordSnapshotStored, unsentSnapshotsOfHost } from "../db/snapshot-copies.ts";
 import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal, isWork } from "../model/sandbox-state.ts";
+import { forgetCondemned } from "./forget-snapshot.ts";
 import type { AgentSandbox, HostAgent } from "./host-agent.ts";
 import { type HostDeps, agentOf, releaseVm, settleSandbox } from "./settle.ts";
 import { STRANGER_KEEP_MS, treatStrangers, welcomeBack } from "./strangers.ts";
@@ -57,6 +59,7 @@ const RECEPTIVE_GAP = 1 / 3;
 const PAGE = 1_000;
 /** Hosts that one round compares at once. */
 const COMPARING = 50;
+const SNAPSHOTS_AT_ONCE = 100;
 /** Settling at once, per host: each is a few queries, some a call. */
 const PARALLEL = 8;
 /** How long a round waits for one sandbox to be released: the host goes on, and the next round looks again. */
@@ -96,10 +99,10 @@ export class HostMonitor {
       // One that is silent but was not given up yet is asked too: only its heartbeats may fail.
       if (host.status !== "online") return;
       this.#options.onCheck?.(host.compare ?? "not");
-      if (host.compare) {
-        const limit = AbortSignal.timeout(limitMs);
-        await within(limit, this.compare(host, AbortSignal.any([signal, limit])));
-      }
+      const limit = AbortSignal.timeout(limitMs);
+      const both = AbortSignal.any([signal, limit]);
+      const comparing = host.compare ? this.compare(host, both) : undefined;
+      await within(limit, Promise.all([comparing, this.#lookAtSnapshots(host, both)]));
     } catch (cause) {
       if (!signal.aborted) this.#deps.log.warn({ err: cause, host: host.id }, "a host could not be checked");
     }
@@ -149,6 +152,20 @@ export class HostMonitor {
   ): Promise<void> {
     const back = await welcomeBack(this.#deps, agent, seen, signal);
     if (back !== "not-yet") await settleSandbox(this.#deps, agent, row, back);
+  }
+
+  /** Deletions that it was not there for, and what it has sent to its object store. */
+  async #lookAtSnapshots(host: HostRecord, signal: AbortSignal): Promise<void> {
+    const { db } = this.#deps;
+    const agent = agentOf(this.#deps.pool, host);
+    if (!agent) return;
+    await forgetCondemned(this.#deps, host.id, agent);
+    if (host.storeId === undefined) return;
+    const ids = await unsentSnapshotsOfHost(db, host.id, SNAPSHOTS_AT_ONCE);
+    if (ids.length === 0) return;
+    for (const { id, storeId } of await agent.storedSnapshots(ids, signal)) {
+      if (ids.includes(id)) await recordSnapshotStored(db, id, storeId);
+    }
   }
 
   /** What the host has, and no live row of it: ended rows' VMs go, strangers stay for now. */

@@ -77,5 +77,21 @@ test("no sandbox goes to a host that is silent, draining, too small, of another 
   refuses({ memoryMb: 511 });
   refuses({ diskMb: 4095 });
   refuses({}, { vmm: "firecracker" });
-  refuses({}, { hostId: "host-b" as HostId });
+  refuses({}, { snapshot: { hostIds: ["host-b" as HostId] } });
+});
+
+test("a snapshot goes to who has it, else to who can fetch and load it", () => {
+  const scheduler = newScheduler("least-loaded");
+  const compat = "x-tsc2000000";
+  const snapshot = { hostIds: ["host-a" as HostId], compat, storeId: "s" };
+  const shares = { snapshotCompat: compat, storeId: "s" };
+  const pick = (...hosts: HostRecord[]) => scheduler.pick({ ...small, snapshot }, hosts)?.name;
+  const busy = { load: { cpus: 0, memoryMbUsed: 8000, diskMbFree: 0, sandboxes: 9 } };
+  assert.equal(pick(host("b", shares), host("a", busy)), "a");
+  assert.equal(pick(host("b", shares), host("a", { ...busy, draining: true })), "b");
+  assert.equal(pick(host("b", { ...shares, snapshotCompat: "x-tsc2000001" })), "b");
+  assert.equal(pick(host("b", { ...shares, snapshotCompat: "x-tsc2400000" })), undefined);
+  assert.equal(pick(host("b", { ...shares, storeId: "t" })), undefined);
+  assert.equal(pick(host("b", { storeId: "s" })), undefined);
+  assert.equal(pick(host("a", { snapshotCompat: "y" })), undefined, "its VMM was exchanged since");
 });

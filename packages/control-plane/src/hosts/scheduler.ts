@@ -5,16 +5,24 @@
  * the host knows, and it refuses what it has no room for. The caller then asks
  * again without it.
  */
+import { isLoadable } from "@rookery/protocol/memory-compat";
 import type { HostRecord } from "../db/hosts.ts";
 import type { HostId } from "../model/ids.ts";
 
 export interface PlacementRequest {
   memoryMb: number;
   diskMb: number;
-  /** The only host that has the snapshot. */
-  hostId?: HostId | undefined;
+  /** Undefined: of an image that every host has or builds. */
+  snapshot?: SnapshotPlaces | undefined;
   /** Kind of VMM that its template was made with. */
   vmm?: string | undefined;
+}
+
+/** Where a snapshot lies, and who can load it. */
+export interface SnapshotPlaces {
+  hostIds: readonly HostId[];
+  compat?: string | undefined;
+  storeId?: string | undefined;
 }
 
 export interface Scheduler {
@@ -31,10 +39,22 @@ const FILTERS: Record<string, Filter> = {
   hasCapacity: (host, { memoryMb, diskMb }) =>
     memoryMb <= (host.memoryMb ?? 0) && diskMb <= (host.diskMb ?? 0),
   hasVmm: (host, { vmm }) => vmm === undefined || host.drivers?.["vmm"] === vmm,
-  hasSnapshot: (host, { hostId }) => hostId === undefined || host.id === hostId,
+  hasSnapshot: (host, { snapshot }) =>
+    snapshot === undefined || snapshot.hostIds.includes(host.id) || canFetch(host, snapshot),
+  canLoadSnapshot: ({ snapshotCompat }, { snapshot }) =>
+    snapshot?.compat === undefined ||
+    snapshotCompat === undefined ||
+    isLoadable(snapshot.compat, snapshotCompat),
 };
 
 const ALL = Object.values(FILTERS);
+
+/** A host that does not say what it can load fetches nothing of others. */
+function canFetch({ storeId, snapshotCompat }: HostRecord, snapshot: SnapshotPlaces): boolean {
+  const { compat } = snapshot;
+  if (storeId === undefined || storeId !== snapshot.storeId) return false;
+  return compat !== undefined && snapshotCompat !== undefined && isLoadable(compat, snapshotCompat);
+}
 
 /** Each in turn, by id: whoever was asked last comes last. */
 function roundRobin(): Strategy {
@@ -91,10 +111,11 @@ const STRATEGIES: Record<StrategyName, () => Strategy> = {
 export function newScheduler(name: StrategyName): Scheduler {
   const strategy = STRATEGIES[name]();
   return {
-    pick: (request, hosts) =>
-      strategy(
-        hosts.filter((host) => ALL.every((admits) => admits(host, request))),
-        request,
-      ),
+    pick(request, hosts) {
+      const admitted = hosts.filter((host) => ALL.every((admits) => admits(host, request)));
+      // Who has the snapshot already comes first: the others fetch it.
+      const near = admitted.filter(({ id }) => request.snapshot?.hostIds.includes(id));
+      return strategy(near.length > 0 ? near : admitted, request);
+    },
   };
 }

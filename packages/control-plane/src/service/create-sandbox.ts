@@ -10,6 +10,7 @@ import { RookeryError } from "@rookery/protocol/errors";
 import { type Queryable, tellNews } from "../db/database.ts";
 import type { HostRecord } from "../db/hosts.ts";
 import { type SandboxRecord, findSandboxes, insertSandbox, moveSandbox } from "../db/sandboxes.ts";
+import { recordSnapshotCopy } from "../db/snapshot-copies.ts";
 import { teamQuota } from "../db/teams.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import { agentOf, releaseVm, settleSandbox } from "../hosts/settle.ts";
@@ -82,7 +83,7 @@ function pickHost(
 ): HostRecord | undefined {
   const { memoryMb, diskMb, origin } = order;
   return scheduler.pick(
-    { memoryMb, diskMb, hostId: origin.snapshot?.hostId },
+    { memoryMb, diskMb, snapshot: origin.snapshot },
     hosts.filter(({ id }) => !passedOver.has(id)),
   );
 }
@@ -163,8 +164,15 @@ async function makeOn(deps: Deps, host: HostRecord, row: SandboxRecord, origin: 
   throw await movedAway(deps, row);
 }
 
-const create = (deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin) => () =>
-  agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin));
+const create = (deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin) => async () => {
+  const { snapshot } = origin;
+  // Before the host may fetch it, so that a deletion finds all that have it.
+  if (snapshot && row.hostId && !snapshot.hostIds.includes(row.hostId)) {
+    const isThere = await recordSnapshotCopy(deps.db, snapshot.id, row.hostId);
+    if (!isThere) throw new RookeryError("template_not_found", "The snapshot was deleted meanwhile.");
+  }
+  return await agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin));
+};
 
 function operationOf({ clock, options }: Deps, { id, generation }: SandboxRecord) {
   return { sandboxId: id, generation, deadline: new Date(clock.now() + options.createMs) };

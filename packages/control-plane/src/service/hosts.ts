@@ -81,11 +81,12 @@ export async function heartbeat(
   id: HostId,
   input: HeartbeatInput,
 ): Promise<{ acknowledgedEvent: bigint }> {
-  const { load, digest, eventLogId } = input;
+  const { load, digest, eventLogId, snapshots } = input;
   const { acknowledgedEvent, wasSilent } = await deps.credentials.heartbeat(accessToken, id, {
     load,
     digest,
     eventLogId,
+    snapshots,
   });
   if (wasSilent) {
     deps.log.info({ host: id }, "a host is online, or online again");

@@ -1,8 +1,10 @@
 /** A template's name or id → what a sandbox of it is made from, and in which shape. */
 import { RookeryError } from "@rookery/protocol/errors";
+import { hostsOfSnapshot } from "../db/snapshot-copies.ts";
 import { findSnapshot } from "../db/snapshots.ts";
 import { findPlatformTemplate } from "../db/templates.ts";
-import type { HostId, SnapshotId, TeamId } from "../model/ids.ts";
+import type { SnapshotPlaces } from "../hosts/scheduler.ts";
+import type { SnapshotId, TeamId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
 
 const VCPUS: readonly number[] = [1, 2, 4, 8];
@@ -17,8 +19,8 @@ interface Shape {
 
 export interface Origin extends Shape {
   name: string;
-  /** Its memory was frozen in one shape, and lies on one host. */
-  snapshot?: { id: SnapshotId; hostId: HostId };
+  /** Its memory was frozen in one shape, and not every host has or can load it. */
+  snapshot?: SnapshotPlaces & { id: SnapshotId };
 }
 
 export async function resolveTemplate(
@@ -34,8 +36,9 @@ export async function resolveTemplate(
       details: { field: "template" },
     });
   }
-  const { id, name, hostId, vcpus, memoryMb, diskMb } = snapshot;
-  return { name, vcpus, memoryMb, diskMb, snapshot: { id, hostId } };
+  const { id, name, vcpus, memoryMb, diskMb, compat, storeId } = snapshot;
+  const hostIds = await hostsOfSnapshot(db, id);
+  return { name, vcpus, memoryMb, diskMb, snapshot: { id, hostIds, compat, storeId } };
 }
 
 /** The shape asked for, if this origin can have it. */

@@ -222,6 +222,8 @@ export interface HeartbeatInput {
   digest: string;
   eventLogId: string;
   lastEventNumber: bigint;
+  /** Absent: an agent that shares no snapshots. */
+  snapshots?: { compat: string; storeId?: string | undefined } | undefined;
 }
 
 export interface Services {

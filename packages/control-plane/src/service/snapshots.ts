@@ -1,5 +1,6 @@
 /**
- * Snapshots: made by the host of their sandbox, kept there, used by name.
+ * Snapshots: made by the host of their sandbox, kept there and in its object
+ * store if it has one, used by name.
  *
  * A row `creating` comes first, so that what a crash leaves on a host has a row
  * that leads to it: such rows are swept, and their snapshots deleted.
@@ -16,9 +17,9 @@ import {
   findSnapshot,
   insertSnapshot,
   markSnapshotDeleting,
-  removeSnapshot,
 } from "../db/snapshots.ts";
 import { findPlatformTemplate } from "../db/templates.ts";
+import { forgetSnapshot } from "../hosts/forget-snapshot.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import type { SandboxId, SnapshotId } from "../model/ids.ts";
 import type { Deps } from "./deps.ts";
@@ -60,7 +61,7 @@ export async function createSnapshot(
       return done;
     });
   } catch (cause) {
-    if (!(cause instanceof ClaimLost)) await discardUnfinished(deps, id, agent);
+    if (!(cause instanceof ClaimLost)) await discardUnfinished(deps, id);
     throw violatedConstraint(cause) === SNAPSHOT_NAME_CONSTRAINT ? nameTaken(input.name) : cause;
   }
 }
@@ -104,8 +105,8 @@ async function insert(
 export async function deleteSnapshot(deps: Deps, caller: Caller, name: string): Promise<void> {
   const snapshot = await findSnapshot(deps.db, caller.teamId, name);
   if (!snapshot) throw new RookeryError("not_found", "There is no such snapshot.");
-  const host = await findHostEndpoint(deps.db, snapshot.hostId);
-  await discard(deps, snapshot.id, host && deps.pool.agent(host));
+  await markSnapshotDeleting(deps.db, snapshot.id, deps.options.leaseMs, "ready");
+  await forget(deps, snapshot.id);
 }
 
 async function assertNameIsFree({ db }: Deps, { teamId }: Caller, input: SnapshotInput): Promise<void> {
@@ -137,22 +138,15 @@ async function findSource(
 }
 
 /** What another call has finished meanwhile is that call's. */
-async function discardUnfinished(deps: Deps, id: SnapshotId, agent: HostAgent): Promise<void> {
-  if (await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "creating"))
-    await forget(deps, id, agent);
+async function discardUnfinished(deps: Deps, id: SnapshotId): Promise<void> {
+  if (await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "creating")) await forget(deps, id);
 }
 
-async function discard(deps: Deps, id: SnapshotId, agent: HostAgent | undefined): Promise<void> {
-  await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "ready");
-  await forget(deps, id, agent);
-}
-
-async function forget(deps: Deps, id: SnapshotId, agent: HostAgent | undefined): Promise<void> {
+async function forget(deps: Deps, id: SnapshotId): Promise<void> {
   try {
-    await agent?.deleteSnapshot(id);
-    if (agent) await removeSnapshot(deps.db, id);
+    await forgetSnapshot(deps, id);
   } catch (cause) {
-    deps.log.warn({ err: cause, snapshot: id }, "a snapshot could not be deleted on its host yet");
+    deps.log.warn({ err: cause, snapshot: id }, "a snapshot could not be deleted on every host yet");
   }
 }
 

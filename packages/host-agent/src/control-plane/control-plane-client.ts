@@ -44,6 +44,14 @@ export interface Heartbeat {
   digest: string;
   eventLogId: string;
   lastEventNumber: bigint;
+  snapshots: SnapshotSharing;
+}
+
+/** What this host can do with snapshots of others. */
+export interface SnapshotSharing {
+  compat: string;
+  /** Undefined: it uses no object store, or that is away and was not seen yet. */
+  storeId?: string | undefined;
 }
 
 const registrationSchema = z.object({
@@ -115,7 +123,7 @@ export class ControlPlaneClient {
   async heartbeat(
     hostId: string,
     accessToken: string,
-    { load, digest, eventLogId, lastEventNumber }: Heartbeat,
+    { load, digest, eventLogId, lastEventNumber, snapshots }: Heartbeat,
     signal: AbortSignal,
   ): Promise<{ acknowledgedEvent: bigint }> {
     const body = {
@@ -128,6 +136,7 @@ export class ControlPlaneClient {
       digest,
       event_log_id: eventLogId,
       last_event_number: Number(lastEventNumber),
+      snapshots: { compat: snapshots.compat, store_id: snapshots.storeId },
     };
     const answer = await this.#post(
       `/v1/hosts/${hostId}/heartbeat`,

@@ -166,6 +166,7 @@ beforeEach(async () => {
     random: () => 0.5,
     sandboxes: () => [{ id: "sb1", phase: "running", generation: 3n }],
     load: async (sandboxes) => ({ cpus: 0.5, memoryMbUsed: 10, diskMbFree: 20, sandboxes }),
+    snapshots: async () => ({ compat: "abc-tsc2000000", storeId: "store-1" }),
     events: {
       logId: "log-1",
       lastNumber: 9n,
@@ -208,6 +209,7 @@ test("a heartbeat carries load, digest and events, and what is acknowledged is d
   assert.equal(beat.path, `/v1/hosts/${HOST_ID}/heartbeat`);
   assert.deepEqual(beat.body, {
     load: { cpus: 0.5, memory_mb_used: 10, disk_mb_free: 20, sandboxes: 1 },
+    snapshots: { compat: "abc-tsc2000000", store_id: "store-1" },
     digest: digestOfSandboxes([{ id: "sb1", status: "running", generation: 3n }]),
     event_log_id: "log-1",
     last_event_number: 9,

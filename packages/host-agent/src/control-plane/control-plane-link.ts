@@ -46,6 +46,8 @@ export interface LinkDeps {
   random: () => number;
   sandboxes: () => readonly { id: string; phase: SandboxPhase; generation: bigint }[];
   load: (sandboxes: number) => Promise<Heartbeat["load"]>;
+  /** Never throws: a store that is away is no reason to be silent. */
+  snapshots: () => Promise<Heartbeat["snapshots"]>;
   events: Pick<HostEventLog, "logId" | "lastNumber" | "acknowledge">;
   /** Pauses all that runs; goes on past failures and reports them itself. Nothing to do when nothing runs. */
   pauseAll: () => Promise<void>;
@@ -130,6 +132,7 @@ export class ControlPlaneLink {
     const { logId, lastNumber } = events;
     const heartbeat: Heartbeat = {
       load: await this.#deps.load(sandboxes.length),
+      snapshots: await this.#deps.snapshots(),
       digest: digestOfSandboxes(sandboxes.map(({ phase: status, ...rest }) => ({ ...rest, status }))),
       eventLogId: logId,
       lastEventNumber: lastNumber,

@@ -13,6 +13,7 @@
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
+import { isLoadable } from "@rookery/protocol/memory-compat";
 import type { SnapshotId } from "../ids.ts";
 import type { SnapshotRecord } from "../journal/records.ts";
 import type { ObjectStore } from "../object-store/object-store.ts";
@@ -58,6 +59,7 @@ export class StoredSnapshots implements SnapshotStore {
   readonly #blobs: Blobs;
   readonly #refs: ContentRefs;
   readonly #tools: FetchTools;
+  #storeId: string | undefined;
 
   private constructor(options: SnapshotStoreOptions, blobs: Blobs, refs: ContentRefs, images: FetchedImages) {
     this.#options = options;
@@ -80,6 +82,16 @@ export class StoredSnapshots implements SnapshotStore {
       nowMs,
     });
     return new StoredSnapshots(options, blobs, refs, images);
+  }
+
+  /** Undefined while the store cannot be asked. */
+  async storeId(signal: AbortSignal): Promise<string | undefined> {
+    try {
+      this.#storeId ??= await this.#options.store.identity(signal);
+    } catch (cause) {
+      this.#options.logger.warn({ err: cause }, "the object store does not say which one it is");
+    }
+    return this.#storeId;
   }
 
   async send(record: SnapshotRecord, layerDir: string, signal: AbortSignal): Promise<string> {
@@ -116,7 +128,7 @@ export class StoredSnapshots implements SnapshotStore {
   ): Promise<SnapshotRecord | undefined> {
     const manifest = await this.#manifest(snapshotKey(id), signal);
     if (manifest === undefined || manifest.id !== id) return undefined;
-    if (manifest.compat !== request.compat) {
+    if (!isLoadable(manifest.compat, request.compat)) {
       throw new RookeryError(
         "no_capacity",
         "This host cannot load the snapshot: its CPU, VMM or network is not that of the host that made it.",

@@ -25,7 +25,7 @@ export const storedSnapshotSchema = z.object({
   teamId: z.string().min(1).max(200),
   sourceSandboxId: sandboxIdSchema,
   createdAtMs: z.number().int().nonnegative(),
-  compat: sha256,
+  compat: z.string().regex(/^[0-9a-f]{64}(-tsc\d{1,12})?$/),
   vcpus: count,
   memoryMb: count,
   diskMb: count,

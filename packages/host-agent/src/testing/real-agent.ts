@@ -31,12 +31,18 @@ export interface RealAgent extends AsyncDisposable {
   sh(sandboxId: SandboxId, cmd: string): Promise<string>;
 }
 
-/** `environment` as `rookery-agent serve` has it; images are shared with the other suites. */
-export async function openRealAgent(environment: Record<string, string>): Promise<RealAgent> {
+/**
+ * `environment` as `rookery-agent serve` has it; images are shared with the other
+ * suites. `warm: false`: nothing is booted before a test asks for it.
+ */
+export async function openRealAgent(
+  environment: Record<string, string>,
+  options: { warm?: boolean } = {},
+): Promise<RealAgent> {
   await using held = new AsyncDisposableStack();
   const image = await testImage(AbortSignal.timeout(IMAGE_MS));
-  const options = await testImageStoreOptions(join(TEST_DATA_DIR, "images"));
-  held.defer(() => removeTree(options.envdBundleDir));
+  const parts = await testImageStoreOptions(join(TEST_DATA_DIR, "images"));
+  held.defer(() => removeTree(parts.envdBundleDir));
   await mkdir(TEST_DATA_DIR, { recursive: true });
   // On the images' file system: they are linked.
   const dir = await mkdtemp(join(TEST_DATA_DIR, "agent-"));
@@ -45,9 +51,9 @@ export async function openRealAgent(environment: Record<string, string>): Promis
     {
       ROOKERY_AGENT_DATA: join(dir, "data"),
       ROOKERY_RUNTIME_DIR: `/run/${dir.slice(dir.lastIndexOf("/") + 1)}`,
-      ROOKERY_IMAGE_DIR: options.imagesDir,
-      ROOKERY_ENVD_BUNDLE: options.envdBundleDir,
-      ROOKERY_GUEST_FILES: options.guestFilesDir,
+      ROOKERY_IMAGE_DIR: parts.imagesDir,
+      ROOKERY_ENVD_BUNDLE: parts.envdBundleDir,
+      ROOKERY_GUEST_FILES: parts.guestFilesDir,
       ROOKERY_POOL: "0",
       ROOKERY_SLOTS: "16",
       ...environment,
@@ -96,7 +102,7 @@ export async function openRealAgent(environment: Record<string, string>): Promis
     return id;
   };
   // Its warm image: tests are not to wait for that.
-  await agent.manager.destroy(nextOperation(await create()));
+  if (options.warm !== false) await agent.manager.destroy(nextOperation(await create()));
   const resources = held.move();
   return {
     agent,

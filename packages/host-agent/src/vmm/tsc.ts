@@ -12,6 +12,7 @@
  * ones confirm it.
  */
 import { setTimeout as delay } from "node:timers/promises";
+import { TSC_TOLERANCE } from "@rookery/protocol/memory-compat";
 import { z } from "zod";
 import { readJson, writeFileAtomic } from "../host/atomic-file.ts";
 import { isErrno } from "../host/errno.ts";
@@ -22,9 +23,6 @@ const RDTSC = Uint8Array.of(0x0f, 0x31, 0x48, 0xc1, 0xe2, 0x20, 0x48, 0x09, 0xd0
 /** Two instants 80 ms apart, each known to about 0.5 µs: within 10 parts per million. */
 const MEASURE_MS = 80;
 const INSTANT_TRIES = 64;
-/** A guest's clock is set at each restore; in between it may run wrong by so much. */
-const TOLERANCE = 100e-6;
-
 const keptSchema = z.object({ tscKhz: z.number().int().positive() });
 
 /** One instant on both clocks: the try in which reading took the fewest ticks. */
@@ -59,7 +57,7 @@ export async function hostTscKhz(file: string, signal: AbortSignal): Promise<num
   } catch (cause) {
     if (!isErrno(cause, "ENOENT")) throw cause;
   }
-  if (kept !== undefined && Math.abs(kept - measured) <= measured * TOLERANCE) return kept;
+  if (kept !== undefined && Math.abs(kept - measured) <= measured * TSC_TOLERANCE) return kept;
   await writeFileAtomic(file, `${JSON.stringify({ tscKhz: measured })}\n`);
   return measured;
 }

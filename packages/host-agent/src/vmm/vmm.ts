@@ -143,7 +143,10 @@ export interface VmmDriver {
   readonly canForkRunning: boolean;
   /** Starts a tiny real guest; the verdict is cached per boot of the host. */
   probe(signal: AbortSignal): Promise<VmmProbe>;
-  /** Everything of this driver and host that a warm image depends on: version, arguments, CPU, TSC kHz. */
+  /**
+   * Everything of this driver and host that a warm image depends on: version,
+   * arguments, CPU, TSC kHz. Compared by `isLoadable` (protocol's memory-compat).
+   */
   fingerprint(signal: AbortSignal): Promise<string>;
   /** Boots a guest from its image; used to make warm images. */
   boot(

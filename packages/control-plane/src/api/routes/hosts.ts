@@ -157,6 +157,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
         digest: body.digest,
         eventLogId: body.event_log_id,
         lastEventNumber: BigInt(body.last_event_number),
+        snapshots: body.snapshots && { compat: body.snapshots.compat, storeId: body.snapshots.store_id },
       });
       return { acknowledged_event: Number(acknowledgedEvent) };
     },

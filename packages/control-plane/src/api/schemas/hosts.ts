@@ -121,6 +121,10 @@ export const Heartbeat = z
     digest: text({ max: 256 }),
     event_log_id: text({ max: 128 }),
     last_event_number: count,
+    snapshots: z
+      .object({ compat: text({ min: 1, max: 256 }), store_id: text({ min: 1, max: 128 }).optional() })
+      .optional()
+      .describe("Which other hosts' snapshots it can load, and the object store that it shares."),
   })
   .meta({ id: "Heartbeat" });
 

@@ -27,6 +27,8 @@ const COLUMNS: Record<string, string> = {
   "sandbox_events.sandbox_id": "SandboxId",
   "sandbox_events.status": "SandboxStatus",
   "sandbox_events.team_id": "TeamId",
+  "snapshot_copies.host_id": "HostId",
+  "snapshot_copies.snapshot_id": "SnapshotId",
   "snapshots.host_id": "HostId",
   "snapshots.id": "SnapshotId",
   "snapshots.team_id": "TeamId",

@@ -45,6 +45,9 @@ type FakeEvent = MessageInitShape<typeof HostEventSchema>;
 export class FakeAgent {
   readonly sandboxes = new Map<string, FakeSandbox>();
   readonly snapshots = new Set<string>();
+  /** Of those, which lie in the object store of that name. */
+  readonly stored = new Map<string, string>();
+  compat = "";
   readonly files = new Map<string, Buffer>();
   readonly calls: Call[] = [];
   readonly tokens = new Set<string>();
@@ -272,8 +275,14 @@ export class FakeAgent {
         this.#command("createSnapshot", operation, (id) => {
           this.#in(id, "RUNNING", "PAUSED");
           this.snapshots.add(snapshotId);
-          return { vcpus: 1, memoryMb: 512, diskMb: 4096, sizeBytes: 5_000_000_000n };
+          return { vcpus: 1, memoryMb: 512, diskMb: 4096, sizeBytes: 5_000_000_000n, compat: this.compat };
         }),
+      getSnapshots: ({ snapshotIds }) =>
+        this.#around({ method: "getSnapshots", id: "" }, () => ({
+          snapshots: snapshotIds
+            .filter((id) => this.snapshots.has(id))
+            .map((snapshotId) => ({ snapshotId, storeId: this.stored.get(snapshotId) ?? "" })),
+        })),
       deleteSnapshot: ({ snapshotId }) =>
         this.#around({ method: "deleteSnapshot", id: snapshotId }, () => {
           this.snapshots.delete(snapshotId);

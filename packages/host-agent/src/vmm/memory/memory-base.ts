@@ -10,6 +10,7 @@
  */
 import { createHash } from "node:crypto";
 import { ftruncateSync } from "node:fs";
+import { isLoadable } from "@rookery/protocol/memory-compat";
 import { isSealedAgainstChange, mapFileForReading, type Mapping } from "../../host/ffi.ts";
 import { Memfd } from "../../host/memfd.ts";
 import type { MemoryBase, VmShape } from "../vmm.ts";
@@ -160,7 +161,7 @@ function sameFile(a: { dev: string; ino: string }, b: { dev: string; ino: string
 async function checkedManifest(base: MemoryBase) {
   const manifest = await readManifest(base.dir, baseManifestSchema);
   if (
-    manifest.fingerprint !== base.fingerprint ||
+    !isLoadable(manifest.fingerprint, base.fingerprint) ||
     manifest.shape.vcpus !== base.shape.vcpus ||
     manifest.shape.memoryMb !== base.shape.memoryMb ||
     memorySha256(manifest.files) !== base.memorySha256 ||

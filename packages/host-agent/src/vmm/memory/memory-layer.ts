@@ -11,6 +11,7 @@
 import { constants } from "node:fs";
 import { open, unlink, type FileHandle } from "node:fs/promises";
 import { join } from "node:path";
+import { isLoadable } from "@rookery/protocol/memory-compat";
 import { mapLargeBuffer, type Mapping } from "../../host/ffi.ts";
 import type { MemoryBase, LayerCapture, MemoryLayer, VmShape } from "../vmm.ts";
 import type { LoadedBase } from "./memory-base.ts";
@@ -251,7 +252,7 @@ export class VerifiedLayer implements AsyncDisposable {
     signal: AbortSignal,
   ): Promise<VerifiedLayer> {
     const manifest = await readManifest(dir, layerManifestSchema);
-    if (manifest.fingerprint !== fingerprint)
+    if (!isLoadable(manifest.fingerprint, fingerprint))
       throw mismatch("the layer", "it was made by another VMM or on another CPU");
     if (
       manifest.base.memorySha256 !== base.memorySha256 ||

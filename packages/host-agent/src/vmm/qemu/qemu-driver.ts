@@ -9,6 +9,7 @@ import { closeSync, constants, ftruncateSync, openSync } from "node:fs";
 import { realpath, readFile, rm } from "node:fs/promises";
 import { join } from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
+import { isLoadable, withTscRate } from "@rookery/protocol/memory-compat";
 import { isErrno } from "../../host/errno.ts";
 import { listenUnix } from "../../host/ffi.ts";
 import { Memfd } from "../../host/memfd.ts";
@@ -127,7 +128,7 @@ export function openQemuDriver(options: QemuDriverOptions): VmmDriver {
 
     async spawnClone({ place, base, disk }, signal) {
       const host = await hostFacts(signal);
-      if (base.fingerprint !== host.fingerprint) {
+      if (!isLoadable(base.fingerprint, host.fingerprint)) {
         throw mismatch("the warm image", "it was made by another VMM or on another CPU");
       }
       const memory: GuestMemory = { kind: "clone", base: await bases.acquire(base, signal) };
@@ -367,11 +368,13 @@ async function findHostFacts(options: QemuDriverOptions, signal: AbortSignal): P
   const parts = [
     version,
     ...qemuArguments({ ...machine, nic, start: { kind: "clone" } }),
-    ...qemuArguments({ ...machine, nic, start: { kind: "boot", cmdline: kernelCommandLine("", tscKhz) } }),
+    ...qemuArguments({ ...machine, nic, start: { kind: "boot", cmdline: kernelCommandLine("", 0) } }),
     await cpuModel(),
   ];
   const digest = createHash("sha256").update(JSON.stringify(parts)).digest("hex");
-  return { program, version, acceleration, tscKhz, fingerprint: `qemu-${acceleration}-${digest}` };
+  // Apart from the rest: it is measured, and never twice the same.
+  const fingerprint = withTscRate(`qemu-${acceleration}-${digest}`, tscKhz);
+  return { program, version, acceleration, tscKhz, fingerprint };
 }
 
 /** What the guest sees of the CPU follows from these lines; frequencies and counters are left out. */
