@@ -33,18 +33,18 @@ async function sleepIn(name: string): Promise<ChildProcess> {
 }
 
 test("what a crash left of a VMM is found by its run directory, and nothing else ends", async () => {
-  const { killProcessesIn } = await openHostFacts();
+  const facts = await openHostFacts();
   const left = await sleepIn("vm1/run");
   const others = [await sleepIn("vm10/run"), await sleepIn("vm1"), await sleepIn("vm1/run/below")];
   const ended = once(left, "exit");
-  await killProcessesIn(join(dir, "vm1/run"));
+  await facts.killProcessesIn(join(dir, "vm1/run"));
   assert.deepEqual(await ended, [null, "SIGKILL"]);
   for (const { exitCode, signalCode } of others) assert.equal(exitCode ?? signalCode, null);
-  await killProcessesIn(join(dir, "vm1/run"));
-  await killProcessesIn(join(dir, "never-made"));
+  await facts.killProcessesIn(join(dir, "vm1/run"));
+  await facts.killProcessesIn(join(dir, "never-made"));
 });
 
 test("the processes of root are not ended by their uid", async () => {
-  const { killProcessesOf } = await openHostFacts();
-  await assert.rejects(killProcessesOf(0), /refusing/);
+  const facts = await openHostFacts();
+  await assert.rejects(facts.killProcessesOf(0), /refusing/);
 });
