@@ -3,7 +3,7 @@
  * and stopped by the commands that a user has.
  */
 import assert from "node:assert/strict";
-import { spawn } from "node:child_process";
+import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { createHash } from "node:crypto";
 import { closeSync, openSync, readFileSync, writeFileSync } from "node:fs";
@@ -13,6 +13,8 @@ import { fileURLToPath } from "node:url";
 import { Api, eventually } from "./api.ts";
 
 export const repoDir = resolve(fileURLToPath(new URL("..", import.meta.url)));
+
+export const agentProgram = join(repoDir, "packages/host-agent/dist/rookery-agent.mjs");
 
 export interface ProductOptions {
   dataDir: string;
@@ -67,32 +69,16 @@ export class Product {
   /** What `up` does for a dead agent, without its looking at everything else first. */
   async restartAgent(): Promise<void> {
     const { dataDir, agentPort, env } = this.options;
-    const log = openSync(join(dataDir, "logs", "agent.log"), "a");
-    const child = spawn(
-      process.execPath,
-      [
-        join(repoDir, "packages/host-agent/dist/rookery-agent.mjs"),
-        "serve",
-        "--address",
-        `127.0.0.1:${agentPort}`,
-      ],
-      {
-        cwd: "/",
-        env: {
-          ...process.env,
-          ...env,
-          ROOKERY_AGENT_DATA: this.agentDataDir,
-          ROOKERY_RUNTIME_DIR: `/run/rookery-${createHash("sha256").update(dataDir).digest("hex").slice(0, 8)}/agent`,
-        },
-        detached: true,
-        stdio: ["ignore", log, log],
-      },
-    );
-    closeSync(log);
-    child.unref();
+    const since = Date.now();
+    const child = spawnAgent({
+      agentDataDir: this.agentDataDir,
+      runtimeDir: runtimeDirOf(dataDir),
+      port: agentPort,
+      logFile: join(dataDir, "logs", "agent.log"),
+      env: env ?? {},
+    });
     writeFileSync(join(dataDir, "run", "agent.pid"), `${child.pid}\n`);
     const api = this.api();
-    const since = Date.now();
     await eventually("the agent's heartbeat", 60_000, async () => {
       const { items } = await api.must<{ items: { status: string; last_heartbeat_at?: string }[] }>(
         200,
@@ -130,6 +116,43 @@ export class Product {
     assert.equal(code, 0, `${name} failed:\n${output}`);
     return output;
   }
+}
+
+/** Where `up` puts the sockets of a product's agent. */
+function runtimeDirOf(dataDir: string): string {
+  return `/run/rookery-${createHash("sha256").update(dataDir).digest("hex").slice(0, 8)}/agent`;
+}
+
+export interface AgentProcess {
+  agentDataDir: string;
+  /** Default: the agent's own. */
+  runtimeDir?: string;
+  port: number;
+  logFile: string;
+  env: Record<string, string>;
+}
+
+/** Starts an agent that outlives the test, as `up` does; `args` go behind `serve`. */
+export function spawnAgent(options: AgentProcess, args: readonly string[] = []): ChildProcess {
+  const log = openSync(options.logFile, "a");
+  const child = spawn(
+    process.execPath,
+    [agentProgram, "serve", "--address", `127.0.0.1:${options.port}`, ...args],
+    {
+      cwd: "/",
+      env: {
+        ...process.env,
+        ...options.env,
+        ROOKERY_AGENT_DATA: options.agentDataDir,
+        ...(options.runtimeDir === undefined ? {} : { ROOKERY_RUNTIME_DIR: options.runtimeDir }),
+      },
+      detached: true,
+      stdio: ["ignore", log, log],
+    },
+  );
+  closeSync(log);
+  child.unref();
+  return child;
 }
 
 export function isAlive(pid: number): boolean {

@@ -3,20 +3,19 @@
  * says of it is true: each program is there, each setting known.
  */
 import assert from "node:assert/strict";
-import { execFile, spawn } from "node:child_process";
-import { once } from "node:events";
+import { execFile } from "node:child_process";
 import { existsSync, mkdtempSync, readFileSync, readdirSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { promisify } from "node:util";
 import { afterAll, beforeAll, inject, test } from "vitest";
 import { parseAllDocuments } from "yaml";
-import { Api, eventually } from "./api.ts";
-import { Product, freePort, repoDir } from "./product.ts";
+import { Product, repoDir } from "./product.ts";
+import { startReplica } from "./replica.ts";
 
 const exec = promisify(execFile);
 const product = new Product(inject("product"));
-/** Below /var/tmp: the control plane's uid must be able to enter it. */
+/** The control plane's uid must be able to enter it. */
 const out = mkdtempSync(join(tmpdir(), "rookery-release-"));
 let release = "";
 
@@ -47,39 +46,11 @@ test("the agent starts, and the control plane says what it lacks", async () => {
 });
 
 test("a second replica from the release serves the same sandboxes", async () => {
-  const { dataDir } = product.options;
-  const { secret_key: secretKey } = JSON.parse(readFileSync(join(dataDir, "secrets.json"), "utf8")) as {
-    secret_key: string;
-  };
-  const port = await freePort();
-  const replica = spawn(join(release, "bin/rookery-control-plane"), ["serve"], {
-    cwd: "/",
-    env: {
-      DATABASE_URL: databaseUrlOf(product.pid("control-plane")),
-      ROOKERY_SECRET_KEY: secretKey,
-      ROOKERY_PORT: String(port),
-      ROOKERY_LOG_LEVEL: "error",
-    },
-    ...uidOf(product.pid("control-plane")),
-    stdio: ["ignore", "inherit", "inherit"],
-  });
-  try {
-    const { key } = product.api();
-    const api = new Api(`http://127.0.0.1:${port}`, key);
-    await eventually("the replica is ready", 60_000, () =>
-      fetch(`http://127.0.0.1:${port}/readyz`).then(
-        ({ ok }) => (ok ? true : undefined),
-        () => undefined,
-      ),
-    );
-    const { id } = await product.api().create();
-    assert.equal(await api.sh(id, "echo through the other one"), "through the other one");
-    await api.destroy(id);
-    assert.equal((await product.api().get(id)).status, "stopped");
-  } finally {
-    replica.kill("SIGTERM");
-    if (replica.exitCode === null && replica.signalCode === null) await once(replica, "exit");
-  }
+  await using replica = await startReplica(product, [join(release, "bin/rookery-control-plane")]);
+  const { id } = await product.api().create();
+  assert.equal(await replica.api.sh(id, "echo through the other one"), "through the other one");
+  await replica.api.destroy(id);
+  assert.equal((await product.api().get(id)).status, "stopped");
 });
 
 test("what the units and manifests start is in the release", () => {
@@ -119,17 +90,3 @@ test("manifests are YAML, and each object has a kind and a name", () => {
     }
   }
 });
-
-function databaseUrlOf(pid: number): string {
-  const environment = readFileSync(`/proc/${pid}/environ`, "utf8").split("\0");
-  const entry = environment.find((line) => line.startsWith("DATABASE_URL="));
-  assert.ok(entry, "the control plane has no DATABASE_URL");
-  return entry.slice("DATABASE_URL=".length);
-}
-
-/** The database takes its owner's connections alone. */
-function uidOf(pid: number): { uid: number; gid: number } {
-  const status = readFileSync(`/proc/${pid}/status`, "utf8");
-  const id = (name: string): number => Number(new RegExp(`^${name}:\\s+(\\d+)`, "m").exec(status)?.[1]);
-  return { uid: id("Uid"), gid: id("Gid") };
-}
