@@ -76,7 +76,7 @@ describe("a failpoint", () => {
         }
       }
       if (failures.length > 0) throw new AggregateError(failures, failures.map(String).join("; "));
-    }, 2_400_000);
+    }, 7_200_000);
   }
 });
 
