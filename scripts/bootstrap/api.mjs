@@ -1,15 +1,21 @@
 /** The few calls of the API that the bootstrap makes, over plain fetch. */
 import { StepError } from "./run.mjs";
 
+/** Longer than the API itself gives a create, whose first one of a shape boots its warm image. */
+const ANSWER_MS = 240_000;
+
 /** @param {{url: string, key: string}} options */
 export function apiClient({ url, key }) {
   const call = async (method, path, body) => {
-    const response = await fetch(new URL(path, url), {
+    const begun = fetch(new URL(path, url), {
       method,
       headers: { "x-api-key": key, ...(body === undefined ? {} : { "content-type": "application/json" }) },
       ...(body === undefined ? {} : { body: JSON.stringify(body) }),
-      // The first create of a shape boots its warm image.
-      signal: AbortSignal.timeout(180_000),
+      signal: AbortSignal.timeout(ANSWER_MS),
+    });
+    const response = await begun.catch((cause) => {
+      const reason = cause.name === "TimeoutError" ? `no answer within ${ANSWER_MS / 1000} s` : cause.message;
+      throw new StepError(`${method} ${path}: ${reason}. The logs of control plane and agent may say why.`);
     });
     const text = await response.text();
     return { status: response.status, ok: response.ok, body: text === "" ? undefined : parse(text) };
