@@ -1,6 +1,6 @@
 /**
  * One short text for the sandboxes of a host, so that agent and database see
- * whether they agree without listing them (docs/adr/0019).
+ * whether they agree without listing them (docs/adr/0018).
  *
  * Each sandbox that stands still adds a term: the first 8 bytes (big endian) of
  * the SHA-256 of `ID:STATUS:GENERATION`. The digest is all terms by exclusive

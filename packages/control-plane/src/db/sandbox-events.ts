@@ -5,7 +5,7 @@
  * Events are numbered per team, in the order in which their transactions
  * commit, without gaps: a number is counted up in the team's row, which stays
  * locked until the commit. So whoever has read up to a number has missed
- * nothing below it, and a gap says that something was deleted (ADR 18). They
+ * nothing below it, and a gap says that something was deleted (ADR 17). They
  * are kept for a while, and deleted from the oldest on.
  */
 import { RookeryError } from "@rookery/protocol/errors";

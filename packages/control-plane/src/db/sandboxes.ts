@@ -7,7 +7,7 @@
  * whoever places one holds the host's row locked.
  *
  * Locks are taken in this order: host, sandbox, team, the host's digest. The
- * last is kept by triggers (migration 3, ADR 19), whatever changes a row.
+ * last is kept by triggers (migration 3, ADR 18), whatever changes a row.
  */
 import assert from "node:assert/strict";
 import { type Selectable, sql } from "kysely";

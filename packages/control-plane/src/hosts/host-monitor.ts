@@ -6,7 +6,7 @@
  * sandboxes `missing`, but only if heartbeats could have been received all that
  * time. One that registered again and was never heard likewise. Active: a host
  * whose last heartbeat brought the digest that our rows have costs no more than
- * that (ADR 19). All others, and each one now and then, are compared: our rows
+ * that (ADR 18). All others, and each one now and then, are compared: our rows
  * are read *first*, then the host is asked; differences are applied by
  * compare-and-set, so what moved meanwhile waits for the next round. Work under
  * way is not judged here but by the sweep of deadlines.

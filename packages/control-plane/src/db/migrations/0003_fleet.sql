@@ -20,7 +20,7 @@ drop index hosts_due;
 create index hosts_due on hosts (next_check_at) where status <> 'pending' and deleted_at is null;
 
 -- A sandbox's share of its host's digest: packages/protocol/src/sandbox-digest.ts
--- is the definition, ADR 19 says why. Work under way has none; `missing` has one
+-- is the definition, ADR 18 says why. Work under way has none; `missing` has one
 -- that no agent can have, so a host with such rows is always looked at.
 create function sandbox_digest_term(id text, status text, command_generation bigint) returns bigint
 language sql immutable parallel safe

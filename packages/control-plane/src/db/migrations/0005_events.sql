@@ -7,7 +7,7 @@ alter table sandboxes add column status_reason text;
 
 create table sandbox_events (
   team_id text not null,
-  -- Counted per team, without gaps, in the order of commits: ADR 18.
+  -- Counted per team, without gaps, in the order of commits: ADR 17.
   number bigint not null check (number > 0),
   sandbox_id text not null,
   previous_status text,
