@@ -227,6 +227,19 @@ test("a host that knows newer generations than the database is not commanded: th
   assert.ok(plane.log.some(({ level, words }) => level === "error" && /older backup/.test(words)));
 });
 
+test("a row that moved between our reading it and its host's answer is no alarm", async () => {
+  const id = await create();
+  const hold = holding("listSandboxes");
+  host.agent.before = hold.hook;
+  const round = monitor.round(forever);
+  await hold.arrived;
+  await plane.services.pauseSandbox(caller, id);
+  hold.release();
+  await round;
+  assert.equal((await rowOf(id)).status, "paused");
+  assert.ok(!plane.log.some(({ facts, words }) => facts["sandbox"] === id && /older backup/.test(words)));
+});
+
 test("a hung host delays only itself", async () => {
   const other = await plane.newHost();
   const hold = holding("listSandboxes");

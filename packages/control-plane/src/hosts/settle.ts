@@ -12,6 +12,7 @@ import {
   type SandboxRecord,
   type SandboxSummaryRecord,
   adoptCommandGeneration,
+  findSandboxes,
   moveSandbox,
 } from "../db/sandboxes.ts";
 import type { Clock } from "../model/clock.ts";
@@ -54,6 +55,9 @@ export async function settleSandbox<Row extends SandboxSummaryRecord>(
   because?: { code: string; message: string },
 ): Promise<Settled<Row>> {
   if (seen && seen.generation > row.generation) {
+    // The row may have moved between our reading it and the host's answer.
+    const [now] = await findSandboxes(deps.db, [row.id]);
+    if (now && now.generation >= seen.generation) return { kind: "left-alone" };
     // A database restored from a backup. Its host knows better, and is not told to destroy anything.
     deps.log.error(
       { sandbox: row.id, host: row.hostId, ours: `${row.generation}`, its: `${seen.generation}` },
