@@ -117,8 +117,7 @@ export async function fleetScale(argv: readonly string[]): Promise<void> {
     note("at the end", await usageOf(fleet));
   } finally {
     await fleet?.end();
-    await product.down();
-    rmSync(dataDir, { recursive: true, force: true });
+    await product.remove();
     rmSync(agentsDir, { recursive: true, force: true });
   }
 }

@@ -71,8 +71,7 @@ try {
   const bench = { product, api: product.api(), warm: unpackWarmImage(join(warmDir, key), workDir), workDir };
   for (const name of wanted) await BENCHES[name]?.(bench);
 } finally {
-  await product.down();
-  rmSync(dataDir, { recursive: true, force: true });
+  await product.remove();
 }
 
 /** The product's pool is full and at rest. */

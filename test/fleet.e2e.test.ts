@@ -7,7 +7,7 @@
  */
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { mkdirSync, mkdtempSync } from "node:fs";
 import { join } from "node:path";
 import { afterAll, beforeAll, test } from "vitest";
 import { eventually } from "./api.ts";
@@ -49,9 +49,6 @@ let product: Product;
 let replica: Replica;
 const agents: FleetAgent[] = [];
 const cleanup = new AsyncDisposableStack();
-cleanup.defer(() => {
-  if (!process.env["ROOKERY_KEEP"]) rmSync(dataDir, { recursive: true, force: true });
-});
 /** Requests go to both replicas in turn. */
 let turn = 0;
 const api = (): Api => (turn++ % 2 === 0 ? product.api() : replica.api);
@@ -63,16 +60,9 @@ beforeAll(async () => {
     agentPort: await freePort(),
     env: { ROOKERY_IMAGE_DIR: join(repoDir, ".rookery", "test", "images"), ROOKERY_POOL: "1", ...INTERVALS },
   });
-  cleanup.defer(async () => {
-    await product.down();
-  });
+  cleanup.defer(() => product.remove());
   await product.up();
-  replica = cleanup.use(
-    await startReplica(product, [
-      process.execPath,
-      join(repoDir, "packages/control-plane/dist/control-plane.mjs"),
-    ]),
-  );
+  replica = cleanup.use(await startReplica(product));
   const [first] = await hosts();
   assert.ok(first);
   agents.push({

@@ -6,7 +6,7 @@ import assert from "node:assert/strict";
 import { type ChildProcess, spawn } from "node:child_process";
 import { once } from "node:events";
 import { createHash } from "node:crypto";
-import { closeSync, openSync, readFileSync, writeFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:net";
 import { join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -42,6 +42,15 @@ export class Product {
 
   async down(): Promise<string> {
     return this.#script("down.mjs", [], {});
+  }
+
+  /** `down`, and nothing of it stays on the machine, unless ROOKERY_KEEP asks for it. */
+  async remove(): Promise<void> {
+    const { dataDir } = this.options;
+    await this.down();
+    if (process.env["ROOKERY_KEEP"]) return;
+    rmSync(dataDir, { recursive: true, force: true });
+    rmSync(`/var/lib/rookery-${tagOf(dataDir)}`, { recursive: true, force: true });
   }
 
   api(): Api {
@@ -118,9 +127,14 @@ export class Product {
   }
 }
 
+/** What marks a product's things outside of its data directory. */
+function tagOf(dataDir: string): string {
+  return createHash("sha256").update(dataDir).digest("hex").slice(0, 8);
+}
+
 /** Where `up` puts the sockets of a product's agent. */
 function runtimeDirOf(dataDir: string): string {
-  return `/run/rookery-${createHash("sha256").update(dataDir).digest("hex").slice(0, 8)}/agent`;
+  return `/run/rookery-${tagOf(dataDir)}/agent`;
 }
 
 export interface AgentProcess {

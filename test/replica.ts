@@ -12,17 +12,16 @@ export interface Replica extends AsyncDisposable {
   api: Api;
 }
 
-/** Runs `command` with `serve`, as the uid of the product's own control plane. */
-export async function startReplica(
-  product: Product,
-  [program, ...args]: readonly [string, ...string[]],
-): Promise<Replica> {
+/** Runs `command serve` as the uid of the product's own control plane; by default the same program as that. */
+export async function startReplica(product: Product, command?: readonly string[]): Promise<Replica> {
   const { dataDir, env = {} } = product.options;
   const { secret_key: secretKey } = JSON.parse(readFileSync(join(dataDir, "secrets.json"), "utf8")) as {
     secret_key: string;
   };
   const model = product.pid("control-plane");
   const port = await freePort();
+  // Not the clone's: that uid may not be able to enter it.
+  const [program = "", ...args] = command ?? commandOf(model);
   const child = spawn(program, [...args, "serve"], {
     cwd: "/",
     env: {
@@ -52,6 +51,12 @@ export async function startReplica(
     throw cause;
   }
   return { api: new Api(url, product.api().key), [Symbol.asyncDispose]: end };
+}
+
+function commandOf(pid: number): string[] {
+  const words = readFileSync(`/proc/${pid}/cmdline`, "utf8").split("\0").slice(0, -1);
+  assert.equal(words.pop(), "serve", `${pid} is no control plane`);
+  return words;
 }
 
 function databaseUrlOf(pid: number): string {

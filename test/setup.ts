@@ -1,5 +1,5 @@
 /** One product for all end-to-end suites of a run; each suite leaves it without sandboxes. */
-import { mkdtempSync, rmSync } from "node:fs";
+import { mkdtempSync } from "node:fs";
 import { join } from "node:path";
 import type { TestProject } from "vitest/node";
 import { Product, freePort, repoDir } from "./product.ts";
@@ -27,8 +27,5 @@ export default async function setup(project: TestProject): Promise<() => Promise
   const product = new Product(options);
   console.log(await product.up());
   project.provide("product", options);
-  return async () => {
-    await product.down();
-    if (!process.env["ROOKERY_KEEP"]) rmSync(options.dataDir, { recursive: true, force: true });
-  };
+  return () => product.remove();
 }
