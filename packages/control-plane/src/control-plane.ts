@@ -38,6 +38,8 @@ const MAX_READ_HOSTS = 5_000;
 const RETENTION_BATCH = 1_000;
 const RETENTION_BATCHES = 50;
 const RETENTION_TICK_MS = 10_000;
+/** How often a replica says that it listens, in the time after which a host counts as silent. */
+const HEARINGS = 9;
 const MONITOR_TICK_MS = 1_000;
 /** What another replica revoked or deleted is connected to no longer than this. */
 const CLIENTS_TICK_MS = 5_000;
@@ -170,6 +172,7 @@ function prepareLoops(
   return {
     start: () => {
       start("monitor", Math.min(MONITOR_TICK_MS, config.monitor.everyMs), () => monitor.round(signal));
+      start("hearing", config.monitor.silentMs / HEARINGS, () => monitor.hear());
       start("sweep", config.sweepMs, () => sweep.round());
       start("clients", CLIENTS_TICK_MS, () => retireClients(deps));
       start("news", config.newsPollMs, () => db.news.poll());

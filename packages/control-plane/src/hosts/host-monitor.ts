@@ -74,11 +74,20 @@ export class HostMonitor {
     this.#options = options;
   }
 
+  /**
+   * Says that heartbeats can be received now; answers for how many milliseconds
+   * without a gap. Called beside the rounds too: one that waits for hung hosts
+   * is no time in which nobody listened.
+   */
+  hear(): Promise<number> {
+    return touchReceptive(this.#deps.db, this.#options.silentMs * RECEPTIVE_GAP);
+  }
+
   /** Checks the hosts that are due; a hung one delays only itself, and this round by its limit at most. */
   async round(signal: AbortSignal): Promise<void> {
     const { db, log } = this.#deps;
     const { batch: limit, everyMs, silentMs, compareEveryMs } = this.#options;
-    const receptiveMs = await touchReceptive(db, silentMs * RECEPTIVE_GAP);
+    const receptiveMs = await this.hear();
     const due = await claimDueHosts(db, { limit, everyMs, compareEveryMs, unheardMs: silentMs / 2 });
     const comparing = pLimit(COMPARING);
     const check = (host: DueHost): Promise<void> => this.#check(host, receptiveMs, signal);
