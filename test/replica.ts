@@ -34,18 +34,24 @@ export async function startReplica(product: Product, command?: readonly string[]
     ...ownerOf(model),
     stdio: ["ignore", "inherit", "inherit"],
   });
+  let failure: Error | undefined;
+  child.once("error", (cause) => {
+    failure = cause;
+  });
   const url = `http://127.0.0.1:${port}`;
   const end = async (): Promise<void> => {
     child.kill("SIGTERM");
+    if (failure) return;
     if (child.exitCode === null && child.signalCode === null) await once(child, "exit");
   };
   try {
-    await eventually("the replica is ready", 60_000, () =>
-      fetch(`${url}/readyz`).then(
+    await eventually("the replica is ready", 60_000, () => {
+      if (failure) throw failure;
+      return fetch(`${url}/readyz`).then(
         ({ ok }) => (ok ? true : undefined),
         () => undefined,
-      ),
-    );
+      );
+    });
   } catch (cause) {
     await end();
     throw cause;
