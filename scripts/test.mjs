@@ -5,6 +5,8 @@
  *   npm test                        everything
  *   npm test -- --suites unit,db    some suites
  *   npm test -- --long              the long forms too (npm run test:long)
+ *
+ * The host suite leaves half of two cores idle: what needs no guests runs beside it.
  */
 import { mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
@@ -14,11 +16,13 @@ import { once } from "node:events";
 import { parseArgs } from "node:util";
 import { productPaths, repoDir } from "./bootstrap/paths.mjs";
 import { ensureBundles, ensureDebianPackages, prepareTools } from "./bootstrap/prepare.mjs";
-import { say } from "./bootstrap/progress.mjs";
+import { linesOnly, say } from "./bootstrap/progress.mjs";
 import { StepError } from "./bootstrap/run.mjs";
 import { check } from "./check.mjs";
 
-const SUITES = ["check", "unit", "db", "host", "e2e"];
+/** One stage after the other; within a stage, the lanes side by side. */
+const STAGES = [[["check", "unit", "db"], ["host"]], [["e2e"]]];
+const SUITES = STAGES.flat(2);
 
 const { values: flags } = parseArgs({
   options: { suites: { type: "string" }, long: { type: "boolean", default: false } },
@@ -40,15 +44,21 @@ try {
     await ensureDebianPackages(env);
     await ensureBundles(paths, { node, env });
   }
-  for (const suite of wanted) {
-    say(`\n== ${suite}`);
-    const result =
-      suite === "check" ? { skipped: 0, skips: [], ...(await check()) } : await vitest(suite, { node, env });
-    total.passed += result.passed;
-    total.failed += result.failed;
-    total.skipped += result.skipped;
-    for (const skip of result.skips) say(`skipped: ${skip}`);
-    for (const failure of result.failures ?? []) failures.push(`${suite}: ${failure}`);
+  for (const stage of STAGES) {
+    const lanes = stage
+      .map((lane) => lane.filter((suite) => wanted.includes(suite)))
+      .filter((lane) => lane.length > 0);
+    const beside = lanes.length > 1;
+    if (beside) linesOnly();
+    const ended = await Promise.allSettled(
+      lanes.map(async (lane, index) => {
+        // Of suites side by side the last lane is shown as it goes, the others' whenever one has ended.
+        const held = beside && index < lanes.length - 1;
+        for (const suite of lane) await runSuite(suite, { node, env, held });
+      }),
+    );
+    const broken = ended.find(({ status }) => status === "rejected");
+    if (broken !== undefined) throw broken.reason;
   }
 } catch (cause) {
   if (!(cause instanceof StepError)) throw cause;
@@ -60,8 +70,21 @@ if (failures.length > 0) say(`\nfailed:\n${failures.map((failure) => `  ${failur
 say(`\n${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
 process.exit(total.failed === 0 && total.passed > 0 ? 0 : 1);
 
+async function runSuite(suite, { node, env, held }) {
+  say(`\n== ${suite}${held ? " (what it says comes when it has ended)" : ""}`);
+  const result =
+    suite === "check"
+      ? { skipped: 0, skips: [], ...(await check()) }
+      : await vitest(suite, { node, env, held });
+  total.passed += result.passed;
+  total.failed += result.failed;
+  total.skipped += result.skipped;
+  for (const skip of result.skips) say(`skipped: ${skip}`);
+  for (const failure of result.failures ?? []) failures.push(`${suite}: ${failure}`);
+}
+
 /** Runs one vitest project and counts its tests; a run that broke down counts as a failure. */
-async function vitest(project, { node, env }) {
+async function vitest(project, { node, env, held }) {
   const dir = mkdtempSync(join(tmpdir(), "rookery-test-"));
   const report = join(dir, "report.json");
   const unhandled = join(dir, "unhandled.json");
@@ -78,10 +101,14 @@ async function vitest(project, { node, env }) {
       {
         cwd: repoDir,
         env: { ...env, ROOKERY_UNHANDLED_ERRORS: unhandled, ...(flags.long ? { ROOKERY_LONG: "1" } : {}) },
-        stdio: "inherit",
+        stdio: held ? ["inherit", "pipe", "pipe"] : "inherit",
       },
     );
-    const [code, signal] = await once(child, "exit");
+    const output = [];
+    child.stdout?.on("data", (chunk) => output.push(chunk));
+    child.stderr?.on("data", (chunk) => output.push(chunk));
+    const [code, signal] = await once(child, held ? "close" : "exit");
+    if (held) say(`\n== ${project}\n${Buffer.concat(output).toString()}`);
     const ending = `vitest ended with ${signal ?? `exit code ${code}`}`;
     const parsed = readReport(report);
     if (parsed === undefined)

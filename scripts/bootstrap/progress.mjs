@@ -5,12 +5,17 @@
 import { stdout } from "node:process";
 import { styleText } from "node:util";
 
-const live = stdout.isTTY === true && !process.env.CI;
+let live = stdout.isTTY === true && !process.env.CI;
 const dim = (text) => (live && !process.env.NO_COLOR ? styleText("dim", text) : text);
 const mark = (ok) => {
   const sign = ok ? "✓" : "✗";
   return live && !process.env.NO_COLOR ? styleText(ok ? "green" : "red", sign) : sign;
 };
+
+/** For work side by side: lines only, for nothing may overwrite another's line. */
+export function linesOnly() {
+  live = false;
+}
 
 /**
  * Runs one step and shows it. `work` gets a function that shows what it does now.
