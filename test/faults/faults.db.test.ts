@@ -7,6 +7,7 @@ import { randomInt } from "node:crypto";
 import { expect, inject, test } from "vitest";
 import { TEMPLATE_DATABASE } from "../../packages/control-plane/src/db/testing/test-server.ts";
 import { openSharedApi } from "./in-process/api.ts";
+import { InProcessWorld } from "./in-process/in-process-world.ts";
 import { Log } from "./in-process/log.ts";
 import { runSeed } from "./run.ts";
 
@@ -35,8 +36,7 @@ test(
           seed,
           operations: OPERATIONS,
           pace: PACE,
-          server,
-          api,
+          openWorld: (parts) => InProcessWorld.open({ ...parts, server, api }),
           log,
         });
         if (!ok) failed.push(result);

@@ -6,6 +6,7 @@ import { randomInt } from "node:crypto";
 import { parseArgs } from "node:util";
 import { startTestServer } from "../../packages/control-plane/src/db/testing/test-server.ts";
 import { openSharedApi } from "./in-process/api.ts";
+import { InProcessWorld } from "./in-process/in-process-world.ts";
 import { Log } from "./in-process/log.ts";
 import { runSeed } from "./run.ts";
 
@@ -37,7 +38,13 @@ try {
     for (let seed = left.shift(); seed !== undefined; seed = left.shift()) {
       const log = new Log({ keep: isLogged });
       try {
-        const result = await runSeed({ seed, operations, pace, server, api, log });
+        const result = await runSeed({
+          seed,
+          operations,
+          pace,
+          openWorld: (parts) => InProcessWorld.open({ ...parts, server, api }),
+          log,
+        });
         console.log(JSON.stringify(result));
         if (!result.ok) failed += 1;
         if (values.log || !result.ok) console.error(log.lines.join("\n"));

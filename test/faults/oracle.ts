@@ -16,13 +16,18 @@ const SETTLED = new Set(["running", "paused", "stopped", "error"]);
 export function judge(
   history: History,
   seen: Observed,
-  { doubleCredentials, staleCommands }: Pick<World, "doubleCredentials" | "staleCommands">,
+  {
+    doubleCredentials,
+    staleCommands,
+    brokenPrograms,
+  }: Pick<World, "doubleCredentials" | "staleCommands" | "brokenPrograms">,
 ): Violation[] {
   const rows = new Map(seen.sandboxes.map((row) => [row.id, row]));
   return [
     ...history.wrongAnswers.map(({ what, ...details }) => ({ what: `wrong answer: ${what}`, ...details })),
     ...doubleCredentials.map((credential) => ({ what: "a credential was good twice", credential })),
     ...staleCommands.map((command) => ({ what: "a late command was carried out", command })),
+    ...brokenPrograms.map((program) => ({ what: "a program broke by itself", program })),
     ...judgeCreates(history, seen, rows),
     ...judgeRows(seen),
     ...judgeMachines(seen, rows),

@@ -1,14 +1,11 @@
 /** One seed, from its schedule to its verdict. */
 import { setTimeout as sleep } from "node:timers/promises";
 import { History } from "./history.ts";
-import type { SharedApi } from "./in-process/api.ts";
-import type { Server } from "./in-process/database.ts";
-import { InProcessWorld } from "./in-process/in-process-world.ts";
 import type { Log } from "./in-process/log.ts";
 import { type Violation, judge } from "./oracle.ts";
 import { play } from "./player.ts";
 import { Random } from "./random.ts";
-import { makeSchedule } from "./schedule.ts";
+import { type Schedule, makeSchedule } from "./schedule.ts";
 import type { ApiAnswer, ApiRequest, World } from "./world.ts";
 
 export interface RunResult {
@@ -22,6 +19,8 @@ export interface RunResult {
   settledMs: number;
   answers: number;
   unanswered: number;
+  /** What guests wrote down and were asked about: none of it would be a suite that looks away. */
+  notes: number;
 }
 
 /** Silence, one round, the longest deadline and a lease, on a machine that may be busy. */
@@ -31,8 +30,8 @@ export async function runSeed(options: {
   seed: number;
   operations: number;
   pace: number;
-  server: Server;
-  api: SharedApi;
+  /** One form of the suite, with this run's schedule. */
+  openWorld: (parts: { schedule: Schedule; random: Random; log: Log }) => Promise<World>;
   log: Log;
 }): Promise<RunResult> {
   const { seed, operations, pace, log } = options;
@@ -40,7 +39,7 @@ export async function runSeed(options: {
   const schedule = makeSchedule(seed, operations, pace);
   const history = new History();
   const random = new Random(seed ^ 0x5eed);
-  await using world = await InProcessWorld.open({ ...options, schedule, random });
+  await using world = await options.openWorld({ schedule, random, log });
   await play(world, schedule, history);
   log.note({}, "all faults end");
   await world.heal();
@@ -59,6 +58,7 @@ export async function runSeed(options: {
     settledMs: Math.round(settledMs),
     answers: history.answers,
     unanswered: history.unanswered,
+    notes: [...history.written.values()].reduce((sum, notes) => sum + notes.size, 0),
   };
 }
 

@@ -45,6 +45,9 @@ export type Fault =
   /** Its VMs end too. */
   | { kind: "host-reboot"; host: number; downMs: number }
   | { kind: "replica-crash"; replica: number; downMs: number }
+  /** Stands still in the middle of everything, and then goes on as if no time had passed. */
+  | { kind: "agent-stall"; host: number; ms: number }
+  | { kind: "replica-stall"; replica: number; ms: number }
   | { kind: "database-outage"; ms: number }
   /** Connections break; new ones are taken. */
   | { kind: "database-cut" }
@@ -81,6 +84,8 @@ const FAULT_WEIGHTS: Readonly<Record<FaultKind, number>> = {
   "agent-crash": 4,
   "host-reboot": 1,
   "replica-crash": 3,
+  "agent-stall": 2,
+  "replica-stall": 2,
   "database-outage": 2,
   "database-cut": 2,
   "clock-skew": 1,
@@ -199,6 +204,10 @@ function makeFault(kind: FaultKind, world: { hosts: number; replicas: number; ra
       return { kind, host, downMs: random.pick([50, 900]) };
     case "replica-crash":
       return { kind, replica: random.between(0, world.replicas - 1), downMs: random.pick([0, 100, 600]) };
+    case "agent-stall":
+      return { kind, host, ms };
+    case "replica-stall":
+      return { kind, replica: random.between(0, world.replicas - 1), ms };
     case "database-outage":
       return { kind, ms: random.pick([50, 300, 1_200]) };
     case "database-cut":

@@ -33,6 +33,8 @@ export interface World extends AsyncDisposable {
   readonly doubleCredentials: readonly string[];
   /** Commands that were carried out after a newer one. */
   readonly staleCommands: readonly string[];
+  /** Programs that ended, or spoke of a fault of their own, though nobody did anything to them. */
+  readonly brokenPrograms: readonly string[];
   /** Faults that happened, by kind. */
   readonly faults: Readonly<Record<string, number>>;
 }

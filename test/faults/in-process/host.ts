@@ -32,10 +32,10 @@ import {
   type SimulatedMachine,
   openSimulatedMachine,
 } from "../../../packages/host-agent/src/sandbox-manager/testing/simulated-machine.ts";
+import { SimulatedGuests } from "../../../packages/host-agent/src/guest/simulated-guests.ts";
 import { memoryProcessTable } from "../../../packages/host-agent/src/vmm/simulated-processes.ts";
 import type { Random } from "../random.ts";
 import type { MachineFacts } from "../world.ts";
-import { simulatedEnvd } from "./envd.ts";
 import { GenerationWatch } from "./generations.ts";
 import { leaksOf } from "./leaks.ts";
 import { Life, never } from "./life.ts";
@@ -166,7 +166,7 @@ export class SimulatedHost {
       grpc: false,
       grpcWeb: false,
     });
-    const envd = simulatedEnvd(this.#processes);
+    const envd = new SimulatedGuests({ processes: this.#processes });
     router.service(
       HostAgentService,
       hostAgentService({

@@ -104,6 +104,11 @@ export class InProcessWorld implements World {
     return this.#hosts.flatMap(({ generations }) => generations.violations);
   }
 
+  /** One process: whatever ends by itself ends the run. */
+  get brokenPrograms(): readonly string[] {
+    return [];
+  }
+
   async #begin(): Promise<void> {
     await Promise.all(this.#replicas.map((replica) => replica.start()));
     const { key } = await bootstrap(this.#replicas[0]!.plane!.deps, { newKey: true });
@@ -142,6 +147,15 @@ export class InProcessWorld implements World {
         return this.#network.begin(fault, fault.ms);
       case "loss":
         return this.#network.begin({ ...fault, direction: "both" }, fault.ms);
+      // One process can't stand still in parts: nothing of it is heard, which is all that others see.
+      case "agent-stall":
+        return this.#network.begin({ kind: "silence", host: fault.host, direction: "both" }, fault.ms);
+      case "replica-stall":
+        for (const host of this.#hosts.keys()) {
+          const silence = { kind: "silence", host, replica: fault.replica, direction: "both" } as const;
+          this.#network.begin(silence, fault.ms);
+        }
+        return undefined;
       case "caller-loss":
         return this.#network.loseCallers(fault.share, fault.ms);
       case "replica-crash":

@@ -10,12 +10,18 @@ export interface SimulatedRun {
   exitCode: number;
   /** Files that it took away. */
   removed: readonly string[];
+  /** What it left in the guest's memory. */
+  remembered: Readonly<Record<string, string>>;
+  /** The guest ends by it. */
+  ends: "guest_crashed" | "guest_shutdown" | undefined;
   /** How long it would have run, in milliseconds. */
   sleepMs: number;
 }
 
 interface GuestFacts {
   hostname: string;
+  /** Whose guest it is, as the last `/init` said. */
+  sandboxId: string;
   file(path: string): Uint8Array | undefined;
 }
 
@@ -54,13 +60,28 @@ export function runSimulated(command: Command, guest: GuestFacts): SimulatedRun 
       const paths = end === -1 ? args : args.slice(0, end + 1);
       return { ...done(""), removed: paths.map((path) => path.replace(/;$/, "")) };
     }
+    // For fault tests: a word that must outlive pauses, and whose guest it was that took it.
+    case "note":
+      return { ...done(guest.sandboxId), remembered: { [`note-${args[0] ?? ""}`]: guest.sandboxId } };
+    case "panic":
+      return { ...done(""), ends: "guest_crashed" };
+    case "poweroff":
+      return { ...done(""), ends: "guest_shutdown" };
     default:
       return done(`simulated: ${text}\n`);
   }
 }
 
 function done(stdout: string | Uint8Array): SimulatedRun {
-  return { stdout, stderr: "", exitCode: 0, removed: [], sleepMs: 0 };
+  return {
+    stdout,
+    stderr: "",
+    exitCode: 0,
+    removed: [],
+    remembered: {},
+    ends: undefined,
+    sleepMs: 0,
+  };
 }
 
 /** `sh -c TEXT` is TEXT. */

@@ -14,6 +14,7 @@ import type { Guests } from "./envd-client.ts";
 import type { EnvdInit } from "./envd-init.ts";
 import type { FileTarget } from "./files.ts";
 import { refusedToken } from "./guest-answers.ts";
+import type { VmExit } from "../vmm/vmm.ts";
 import type { Command } from "./process-calls.ts";
 import { runSimulated } from "./simulated-commands.ts";
 
@@ -29,12 +30,18 @@ export interface SimulatedGuestsOptions {
   monotonicMs?: () => number;
   /** Thrown from within an effect, where a test wants it to fail. */
   trouble?: (effect: string) => void;
+  /** A guest ended by itself; the default leaves it running. */
+  end?: (pid: number, exit: VmExit) => void;
 }
 
 /** Files are kept in the guest's memory: a few small ones. */
 const MAX_FILE_BYTES = 128 << 10;
 const MAX_FILES = 64;
 const FILE = "file:";
+const WORDS_OF_END = {
+  guest_crashed: "Kernel panic - not syncing (simulated)",
+  guest_shutdown: "the guest shut down",
+} as const;
 
 export class SimulatedGuests implements Guests {
   readonly #processes: ProcessTable;
@@ -42,6 +49,7 @@ export class SimulatedGuests implements Guests {
   readonly #sleep: NonNullable<SimulatedGuestsOptions["sleep"]>;
   readonly #monotonicMs: () => number;
   readonly #trouble: (effect: string) => void;
+  readonly #end: NonNullable<SimulatedGuestsOptions["end"]>;
 
   constructor(options: SimulatedGuestsOptions) {
     this.#processes = options.processes;
@@ -49,6 +57,7 @@ export class SimulatedGuests implements Guests {
     this.#sleep = options.sleep ?? (() => Promise.resolve());
     this.#monotonicMs = options.monotonicMs ?? (() => 0);
     this.#trouble = options.trouble ?? (() => undefined);
+    this.#end = options.end ?? (() => undefined);
   }
 
   async waitHealthy({ port }: EnvdAddress, signal: AbortSignal): Promise<void> {
@@ -151,11 +160,14 @@ export class SimulatedGuests implements Guests {
     const { pid } = this.#enter(target);
     await this.#pause("exec", signal);
     const process = this.#same(target.port, pid);
-    const { stdout, stderr, exitCode, removed, sleepMs } = runSimulated(command, {
+    const { stdout, stderr, exitCode, removed, remembered, ends, sleepMs } = runSimulated(command, {
       hostname: process.guest.memory["hostname"] ?? "simulated",
+      sandboxId: process.guest.memory["sandboxId"] ?? "",
       file: (path) => readFile(process, path),
     });
     if (removed.length > 0) this.#forget(process, removed);
+    if (Object.keys(remembered).length > 0) this.#remember(process, remembered);
+    if (ends !== undefined) this.#end(pid, { reason: ends, message: WORDS_OF_END[ends] });
     const limitMs = command.timeoutMs === 0 ? Number.POSITIVE_INFINITY : command.timeoutMs;
     await this.#sleep(Math.min(sleepMs, limitMs), signal);
     this.#same(target.port, pid);

@@ -1,5 +1,5 @@
 /** The agent program on a simulated host: whole, several in one process, and never taken for a real one. */
-import { mkdirSync, mkdtempSync, rmSync } from "node:fs";
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from "node:fs";
 import { createServer } from "node:http";
 import type { Server } from "node:http";
 import { tmpdir } from "node:os";
@@ -154,6 +154,28 @@ test("what a guest remembers survives pause and resume, and the agent's end", as
   await expect(
     Array.fromAsync(after.agent.envd.readFile({ ...wrong, accessToken: `${token}x` }, path, never)),
   ).rejects.toMatchObject({ code: "guest_error" });
+});
+
+test("a guest takes notes, says whose it is, and may end by itself", async () => {
+  await using host = await start("host");
+  const id = sandboxId("one");
+  await host.agent.manager.create(specOf(id), within(id, 1));
+  expect(await run(host, id, "note word")).toBe(id);
+  expect(host.processes.all()[0]!.guest.memory["note-word"]).toBe(id);
+  await expect(run(host, id, "panic")).rejects.toMatchObject({ code: "guest_error" });
+  await expect.poll(async () => (await host.agent.manager.get(id)).phase, { timeout: 10_000 }).toBe("failed");
+  expect(host.processes.all()).toEqual([]);
+});
+
+test("another boot id in the data directory is a reboot", async () => {
+  const id = sandboxId("one");
+  const processes = memoryProcessTable();
+  const before = await start("host", { processes });
+  await before.agent.manager.create(specOf(id), within(id, 1));
+  await before.stop();
+  writeFileSync(join(root, "host", "simulated", "boot-id"), "another\n");
+  await using after = await start("host", { processes });
+  expect((await after.agent.manager.get(id)).exit?.code).toBe("host_restarted");
 });
 
 test("a booted machine has none of its guests left", async () => {

@@ -33,7 +33,7 @@ export interface SimulatedHostOptions {
   random: () => number;
   /** Default: files below the data directory, which outlive the agent's process. */
   processes?: ProcessTable;
-  /** Another one is a reboot: no process lives on. */
+  /** Another one is a reboot: no process lives on. Default: what DATA/simulated/boot-id says, if anything. */
   bootId?: string;
   /** Throws from within an effect, such as `disk.create`, where a test wants it to fail. */
   trouble?: (effect: string) => void;
@@ -63,7 +63,7 @@ export async function openSimulatedHost(options: SimulatedHostOptions): Promise<
     rootDisk: openSimulatedDisks(trouble),
     network,
     host: {
-      bootId: options.bootId ?? "simulated-boot-1",
+      bootId: options.bootId ?? (await readBootId(dir)),
       freeDiskBytes: options.freeDiskBytes ?? freeDiskBytes,
       // Its pids are numbers of a table, and may be real ones of strangers.
       killProcess: async ({ pid }) => {
@@ -81,6 +81,7 @@ export async function openSimulatedHost(options: SimulatedHostOptions): Promise<
       sleep: (delayMs, signal) => sleep(clock, delayMs, signal),
       monotonicMs: () => clock.monotonicMs(),
       trouble,
+      end: (pid, exit) => vmm.crash(pid, exit),
     }),
     images: { ensure: (name) => ensureImage(join(dir, "images"), name) },
   };
@@ -119,6 +120,16 @@ async function isSimulated(dataDir: string): Promise<boolean> {
     return true;
   } catch (cause) {
     if (isErrno(cause, "ENOENT")) return false;
+    throw cause;
+  }
+}
+
+/** A test "reboots" the machine by another text there, and by taking its processes away. */
+async function readBootId(dir: string): Promise<string> {
+  try {
+    return (await readFile(join(dir, "boot-id"), "utf8")).trim();
+  } catch (cause) {
+    if (isErrno(cause, "ENOENT")) return "simulated-boot-1";
     throw cause;
   }
 }
