@@ -17,3 +17,11 @@ export function comesFromFullDisk(error: unknown): boolean {
   }
   return false;
 }
+
+/** For `catch`: undefined where the failure is one of these codes; any other goes on. */
+export function ignoring(...codes: string[]): (cause: unknown) => undefined {
+  return (cause) => {
+    if (!isErrno(cause, ...codes)) throw cause;
+    return undefined;
+  };
+}

@@ -11,7 +11,7 @@ import { constants } from "node:fs";
 import { link, lstat, mkdir, open, readdir, readFile, rename, rm, stat } from "node:fs/promises";
 import { dirname, join, relative } from "node:path";
 import { syncDirectory } from "../host/atomic-file.ts";
-import { isErrno } from "../host/errno.ts";
+import { ignoring } from "../host/errno.ts";
 import {
   assertKey,
   storeAway,
@@ -180,11 +180,4 @@ async function writeDurably(
 
 async function exists(path: string): Promise<boolean> {
   return (await lstat(path).catch(ignoring("ENOENT"))) !== undefined;
-}
-
-function ignoring(...codes: string[]) {
-  return (cause: unknown): undefined => {
-    if (!isErrno(cause, ...codes)) throw cause;
-    return undefined;
-  };
 }

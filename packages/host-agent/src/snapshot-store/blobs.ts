@@ -14,7 +14,7 @@ import { join } from "node:path";
 import { pipeline, Readable } from "node:stream";
 import { constants, createZstdCompress, createZstdDecompress } from "node:zlib";
 import { RookeryError } from "@rookery/protocol/errors";
-import { comesFromFullDisk, isErrno } from "../host/errno.ts";
+import { comesFromFullDisk, ignoring, isErrno } from "../host/errno.ts";
 import type { ObjectStore } from "../object-store/object-store.ts";
 import { OneAtATime } from "./one-at-a-time.ts";
 import { Damaged, readSparse, writeSparse, type ContentRef } from "./sparse-stream.ts";
@@ -62,7 +62,8 @@ export class Blobs {
     await mkdir(partsDir, { recursive: true, mode: 0o700 });
     for (const name of await readdir(partsDir)) {
       const path = join(partsDir, name);
-      if (nowMs() - (await stat(path)).mtimeMs > PARTS_KEPT_MS) await rm(path, { force: true });
+      const part = await stat(path).catch(ignoring("ENOENT"));
+      if (part !== undefined && nowMs() - part.mtimeMs > PARTS_KEPT_MS) await rm(path, { force: true });
     }
   }
 

@@ -241,7 +241,8 @@ test("an agent that dies at any call of a fetch leaves nothing that the next one
     const b = await hosts.open(name, {
       through: watched(async () => {
         calls += 1;
-        if (calls !== at) return;
+        // The dead call nobody any more, also where several run side by side.
+        if (calls < at) return;
         hasDied = true;
         died.resolve();
         await new Promise(() => undefined);
