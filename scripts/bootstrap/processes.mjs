@@ -1,7 +1,7 @@
 /**
  * The product's long-lived processes: started in a session of their own, named
- * by a pid file, recognised by their command line, so that a pid that was given
- * to another program is never signalled.
+ * by a pid file, recognised by their command line and start time, so that a pid
+ * that was given to another program, or to another product's, is never signalled.
  */
 import { spawn } from "node:child_process";
 import { closeSync, openSync, readFileSync, renameSync, rmSync, statSync, writeFileSync } from "node:fs";
@@ -16,29 +16,45 @@ const MAX_LOG_BYTES = 32 << 20;
 
 /** @param {keyof typeof MARKS} name */
 export function livePid(paths, name) {
-  let pid;
+  let lines;
   try {
-    pid = Number.parseInt(readFileSync(join(paths.runDir, `${name}.pid`), "utf8"), 10);
+    lines = readFileSync(join(paths.runDir, `${name}.pid`), "utf8").split("\n");
   } catch (cause) {
     if (cause.code === "ENOENT") return undefined;
     throw cause;
   }
-  return Number.isInteger(pid) && pid > 1 && isMarked(pid, MARKS[name]) ? pid : undefined;
+  const pid = Number.parseInt(lines[0], 10);
+  if (!Number.isInteger(pid) || pid <= 1) return undefined;
+  const startTime = startTimeOf(pid);
+  // PostgreSQL's file, which another program writes, has no second line.
+  const isSame = startTime !== undefined && (!lines[1] || lines[1] === startTime);
+  return isSame && hasMark(pid, MARKS[name]) ? pid : undefined;
 }
 
-function isMarked(pid, mark) {
+/** In ticks since the boot, as proc_pid_stat(5) has it in field 22; undefined when nobody lives there. */
+function startTimeOf(pid) {
+  const stat = readOfProcess(pid, "stat");
+  const fields = stat?.slice(stat.lastIndexOf(")") + 2).split(" ");
+  return fields === undefined || fields[0] === "Z" || fields[0] === "X" ? undefined : fields[19];
+}
+
+function hasMark(pid, mark) {
+  return readOfProcess(pid, "cmdline")?.includes(mark) ?? false;
+}
+
+function readOfProcess(pid, name) {
   try {
-    const state = readFileSync(`/proc/${pid}/stat`, "utf8").split(") ").at(-1)?.[0];
-    if (state === "Z" || state === "X") return false;
-    return readFileSync(`/proc/${pid}/cmdline`, "utf8").includes(mark);
+    return readFileSync(`/proc/${pid}/${name}`, "utf8");
   } catch (cause) {
-    if (cause.code === "ENOENT" || cause.code === "ESRCH") return false;
+    if (cause.code === "ENOENT" || cause.code === "ESRCH") return undefined;
     throw cause;
   }
 }
 
 /**
  * Starts a detached process and writes its pid file.
+ * @param {{runDir: string, logDir: string}} paths
+ * @param {string} name
  * @param {{argv: string[], env: NodeJS.ProcessEnv, cwd?: string, uid?: number}} options
  */
 export function startDetached(paths, name, { argv, env, cwd, uid }) {
@@ -55,7 +71,7 @@ export function startDetached(paths, name, { argv, env, cwd, uid }) {
     });
     if (child.pid === undefined) throw new StepError(`cannot start ${name} (${argv[0]})`);
     child.unref();
-    writeFileSync(join(paths.runDir, `${name}.pid`), `${child.pid}\n`);
+    writeFileSync(join(paths.runDir, `${name}.pid`), `${child.pid}\n${startTimeOf(child.pid) ?? ""}\n`);
     return child.pid;
   } finally {
     closeSync(log);

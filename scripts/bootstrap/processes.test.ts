@@ -1,9 +1,9 @@
 import assert from "node:assert/strict";
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { afterAll, test } from "vitest";
-import { keepLogSmall } from "./processes.mjs";
+import { keepLogSmall, livePid, startDetached, stop } from "./processes.mjs";
 
 const dir = mkdtempSync(join(tmpdir(), "rookery-logs-"));
 afterAll(() => rmSync(dir, { recursive: true, force: true }));
@@ -21,4 +21,30 @@ test("a long log is kept once, and a short one goes on", () => {
     assert.ok(!existsSync(log));
     assert.equal(readFileSync(`${log}.1`, "utf8"), text);
   }
+});
+
+test("a process is ours by its pid, its start and its command line, and by nothing less", async () => {
+  const paths = { runDir: join(dir, "run"), logDir: join(dir, "log") };
+  for (const each of Object.values(paths)) mkdirSync(each);
+  const argv = [process.execPath, "-e", "setInterval(() => undefined, 1000)", "rookery-agent"];
+  const pid = startDetached(paths, "agent", { argv, env: {} });
+  const file = join(paths.runDir, "agent.pid");
+  const written = readFileSync(file, "utf8");
+  try {
+    assert.equal(livePid(paths, "agent"), pid);
+    // The same pid, as if another product's agent had got it.
+    writeFileSync(
+      file,
+      written.replace(/\n(\d+)/, (_, ticks) => `\n${Number(ticks) + 1}`),
+    );
+    assert.equal(livePid(paths, "agent"), undefined);
+    // As if another program had got it.
+    writeFileSync(join(paths.runDir, "postgres.pid"), `${pid}\n`);
+    assert.equal(livePid(paths, "postgres"), undefined);
+  } finally {
+    writeFileSync(file, written);
+    await stop(paths, "agent", 10_000);
+  }
+  assert.equal(livePid(paths, "agent"), undefined);
+  assert.ok(!existsSync(file));
 });
