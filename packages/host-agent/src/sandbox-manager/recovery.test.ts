@@ -52,6 +52,25 @@ test("an agent that is started again has all its sandboxes", async () => {
   expect(await eventsOf(second)).toEqual([]);
 });
 
+test("an agent with another network driver does not start beside live VMs, and forgets those of an earlier boot", async () => {
+  const first = await start();
+  await prepare("create")(first);
+  await first.manager.close();
+  const startWith = async (bootId: string): Promise<Stage> => {
+    const machine = openSimulatedMachine(root, { bootId, config: { retryIntervalMs: 3_600_000 } });
+    const network: typeof machine.deps.network = { ...machine.deps.network, kind: "user" };
+    network.down = () => Promise.reject(new Error("a lease of another driver"));
+    const stage = { machine, ...(await openCore({ ...machine.deps, network })) };
+    opened.push(stage);
+    return stage;
+  };
+  await expect(startWith("boot-1")).rejects.toThrow(/ROOKERY_NETWORK=simulated.*ROOKERY_NETWORK=user/);
+  expect((await start()).core.sandboxes.get(OLD)).toMatchObject({ phase: "running" });
+  const later = await startWith("boot-2");
+  expect(later.core.sandboxes.get(OLD)).toMatchObject({ phase: "failed" });
+  expect(later.core.pool.places.leavingCount).toBe(0);
+});
+
 test("an agent that is started again with fewer slots adopts what is in the others, and removes what nobody owns", async () => {
   const first = await start();
   await prepare("create")(first);

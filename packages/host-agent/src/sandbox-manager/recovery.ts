@@ -7,10 +7,11 @@
  */
 import { readdir } from "node:fs/promises";
 import { join } from "node:path";
+import { RookeryError } from "@rookery/protocol/errors";
 import pLimit from "p-limit";
 import { removeTree } from "../host/atomic-file.ts";
 import { isErrno } from "../host/errno.ts";
-import type { SandboxRecord } from "../journal/records.ts";
+import type { SandboxRecord, VmPlaceRecord } from "../journal/records.ts";
 import { SandboxEntry, undoLimit, type Core } from "./core.ts";
 import { settle } from "./settle.ts";
 
@@ -37,12 +38,29 @@ export async function recover(core: Core): Promise<void> {
 
 async function readVms(core: Core): Promise<void> {
   const scan = await core.journal.scanVms();
+  refuseOtherDrivers(core, scan.records);
   for (const record of scan.records) {
     core.formerVms.set(record.vmId, record);
     core.pool.places.slots.reserve(record.slot);
   }
   for (const { id, cause } of scan.broken)
     core.deps.logger.error({ vmId: id, err: cause }, "unreadable VM record");
+}
+
+/** Before anything is touched: with other drivers, what lives could be neither found nor undone. */
+function refuseOtherDrivers({ deps: { host, network, vmm } }: Core, records: VmPlaceRecord[]): void {
+  // Of an earlier boot nothing lives.
+  const alive = records.filter(({ bootId }) => bootId === host.bootId);
+  const drivers = (record: VmPlaceRecord): string =>
+    `ROOKERY_VMM=${record.process?.kind ?? vmm.kind} ROOKERY_NETWORK=${record.lease.driver}`;
+  const now = `ROOKERY_VMM=${vmm.kind} ROOKERY_NETWORK=${network.kind}`;
+  const others = alive.filter((record) => drivers(record) !== now);
+  if (others.length === 0) return;
+  throw new RookeryError(
+    "host_error",
+    `${others.length} VMs on this host were started with ${drivers(others[0]!)}, and this agent runs with ${now}: ` +
+      `start it with the former settings, or end them by \`rookery-agent cleanup\` under these; then change`,
+  );
 }
 
 async function readSnapshots(core: Core, unread: { count: number }): Promise<void> {

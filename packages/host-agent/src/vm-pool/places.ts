@@ -147,7 +147,8 @@ export class Places {
     await cgroups.remove(record.cgroup, limit.signal);
     if (disk !== undefined) await rootDisk.detach(disk, record, limit.signal);
     await rootDisk.remove(this.#journal.vmDiskDir(record.vmId));
-    await network.down(record.lease, limit.signal);
+    // Another driver's lease is of an earlier boot, which ended it: the agent does not start beside a live one.
+    if (record.lease.driver === network.kind) await network.down(record.lease, limit.signal);
     await removeTree(record.socketDir);
     await removeTree(this.#journal.vmDir(record.vmId));
   }
