@@ -83,7 +83,7 @@ test("an agent killed at any moment of a pause or a resume ends with the sandbox
     await new Promise((resolve) => setTimeout(resolve, delayMs));
     await product.kill9("agent");
     await pending;
-    await product.up();
+    await product.restartAgent();
     const status = await eventually("the row is settled", 120_000, async () => {
       const row = await api.get(id);
       return ["running", "paused"].includes(row.status) ? row.status : undefined;

@@ -17,7 +17,7 @@ import type { Api, Sandbox } from "./api.ts";
 import { takeInventory } from "./host-inventory.ts";
 import { isAlive, Product } from "./product.ts";
 
-const SAMPLE = 10;
+const SAMPLE = 8;
 /** What a test does, and the first words of the failpoints on its way. */
 const OPERATIONS: Record<string, readonly string[]> = {
   create: ["create", "created"],
