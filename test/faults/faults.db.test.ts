@@ -6,8 +6,7 @@
 import { randomInt } from "node:crypto";
 import { expect, inject, test } from "vitest";
 import { TEMPLATE_DATABASE } from "../../packages/control-plane/src/db/testing/test-server.ts";
-import { openSharedApi } from "./in-process/api.ts";
-import { InProcessWorld } from "./in-process/in-process-world.ts";
+import { openInProcess } from "./in-process/form.ts";
 import { Log } from "./in-process/log.ts";
 import { runSeed } from "./run.ts";
 
@@ -26,7 +25,7 @@ test(
   { timeout: isLong ? 3_600_000 : 240_000 },
   async () => {
     const server = { socketDir: inject("postgresSocketDir"), template: TEMPLATE_DATABASE };
-    const api = await openSharedApi();
+    await using form = await openInProcess(server);
     const left = [...fixed, ...fresh];
     const failed: unknown[] = [];
     const work = async (): Promise<void> => {
@@ -36,14 +35,13 @@ test(
           seed,
           operations: OPERATIONS,
           pace: PACE,
-          openWorld: (parts) => InProcessWorld.open({ ...parts, server, api }),
+          openWorld: (parts) => form.openWorld(parts),
           log,
         });
         if (!ok) failed.push(result);
       }
     };
     await Promise.all(Array.from({ length: AT_ONCE }, work));
-    await api.app.close();
     expect(failed).toEqual([]);
   },
 );

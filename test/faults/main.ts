@@ -5,8 +5,7 @@
 import { randomInt } from "node:crypto";
 import { parseArgs } from "node:util";
 import { startTestServer } from "../../packages/control-plane/src/db/testing/test-server.ts";
-import { openSharedApi } from "./in-process/api.ts";
-import { InProcessWorld } from "./in-process/in-process-world.ts";
+import { SERVER_SETTINGS, openInProcess } from "./in-process/form.ts";
 import { Log } from "./in-process/log.ts";
 import { runSeed } from "./run.ts";
 
@@ -29,10 +28,10 @@ if (![operations, pace, Number(values.parallel), ...seeds].every(Number.isSafeIn
 }
 const isLogged = values.log || values.seed !== undefined;
 
-const server = await startTestServer({ max_connections: "400", fsync: "off", synchronous_commit: "off" });
+const server = await startTestServer(SERVER_SETTINGS);
 let failed = 0;
 try {
-  const api = await openSharedApi();
+  await using form = await openInProcess(server);
   const left = [...seeds];
   const work = async (): Promise<void> => {
     for (let seed = left.shift(); seed !== undefined; seed = left.shift()) {
@@ -42,7 +41,7 @@ try {
           seed,
           operations,
           pace,
-          openWorld: (parts) => InProcessWorld.open({ ...parts, server, api }),
+          openWorld: (parts) => form.openWorld(parts),
           log,
         });
         console.log(JSON.stringify(result));

@@ -5,7 +5,7 @@
  */
 import { randomBytes } from "node:crypto";
 import { Registry } from "prom-client";
-import { openDatabase } from "./db/database.ts";
+import { type DatabaseOptions, openDatabase } from "./db/database.ts";
 import { dropOldSandboxEvents } from "./db/sandbox-events.ts";
 import { MIGRATIONS_DIR, isMigrated, readMigrations } from "./db/migrate.ts";
 import type { Config } from "./config.ts";
@@ -65,16 +65,19 @@ export interface ControlPlane {
 export interface Seams {
   clock?: Clock;
   openTransport?: OpenTransport;
+  DatabaseClient?: DatabaseOptions["Client"];
   /** Overrides of what waits for hosts. */
   client?: Partial<typeof CLIENT>;
 }
 
 export async function openControlPlane(config: Config, log: Log, seams: Seams = {}): Promise<ControlPlane> {
+  const { clock = systemClock, openTransport, client, DatabaseClient } = seams;
   const {
     db,
     pool: connections,
     close,
   } = openDatabase({
+    Client: DatabaseClient,
     url: config.databaseUrl,
     maxConnections: config.databaseConnections,
     connectTimeoutMs: 10_000,
@@ -82,7 +85,6 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     onError: (cause, words) => log.warn({ err: cause }, words),
   });
   const migrations = await readMigrations(MIGRATIONS_DIR);
-  const { clock = systemClock, openTransport, client } = seams;
   const now = (): number => clock.now();
   const random = randomBytes;
   const ids = newIds(random);

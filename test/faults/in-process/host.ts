@@ -49,7 +49,7 @@ const CONFIG = {
   maxSandboxes: 40,
   hang: { intervalMs: 0, timeoutMs: 500, misses: 3 },
 };
-const INTERVALS = { heartbeatMs: 100, lostAfterMs: 1_500 };
+const INTERVALS = { heartbeatMs: 200, lostAfterMs: 1_500 };
 const EXCHANGE_TIMEOUT_MS = 400;
 const REGISTRATION_LIMIT_MS = 5_000;
 

@@ -10,7 +10,8 @@ import type { Fault, Schedule } from "../schedule.ts";
 import { type ApiAnswer, type ApiRequest, NoAnswer, type Observed, type World } from "../world.ts";
 import type { SharedApi } from "./api.ts";
 import { CredentialWatch } from "./credentials.ts";
-import { RunDatabase, type Server } from "./database.ts";
+import { RunDatabase } from "./database.ts";
+import type { Databases } from "./databases.ts";
 import { SimulatedHost } from "./host.ts";
 import type { Log } from "./log.ts";
 import { Network, orAborted } from "./network.ts";
@@ -29,7 +30,7 @@ const registerBody = z.object({ token: z.string() });
 export interface WorldOptions {
   schedule: Schedule;
   random: Random;
-  server: Server;
+  databases: Databases;
   api: SharedApi;
   log: Log;
 }
@@ -84,8 +85,7 @@ export class InProcessWorld implements World {
   /** Up, with every host registered and online. */
   static async open(options: WorldOptions): Promise<InProcessWorld> {
     const root = mkdtempSync("/dev/shm/rk-faults-");
-    const name = `faults_${root.slice(root.lastIndexOf("-") + 1).toLowerCase()}_${options.schedule.seed}`;
-    const database = await RunDatabase.create(options.server, name, join(root, "db"));
+    const database = await RunDatabase.take(options.databases);
     const world = new InProcessWorld(options, root, database);
     try {
       await world.#begin();
@@ -314,7 +314,7 @@ export class InProcessWorld implements World {
   async #registerAnew(host: SimulatedHost): Promise<void> {
     const id = host.hostId ?? "";
     // The theft shows when the host next renews its token, if it was one that still counted.
-    await sleep(2_500 * this.#pace);
+    await sleep(3_500 * this.#pace);
     if ((await this.#statusOf(host)) === "online") return;
     const { body } = await this.call(0, { method: "POST", path: `/v1/hosts/${id}/token` });
     await this.#register(host, id, madeHost.parse(body).registration_token);

@@ -9,6 +9,7 @@ import type { OpenTransport } from "../../../packages/control-plane/src/hosts/ho
 import type { ApiAnswer, ApiRequest } from "../world.ts";
 import { NoAnswer } from "../world.ts";
 import { type SharedApi, inject } from "./api.ts";
+import type { Connections } from "./backends.ts";
 import type { RunDatabase } from "./database.ts";
 import { Life, never } from "./life.ts";
 import type { Log } from "./log.ts";
@@ -22,13 +23,13 @@ const TIMES = {
   ROOKERY_DESTROY_MS: 1_500,
   ROOKERY_SNAPSHOT_MS: 1_500,
   ROOKERY_OPERATION_LEASE_MS: 600,
-  ROOKERY_SWEEP_MS: 100,
-  ROOKERY_HOST_CHECK_MS: 200,
+  ROOKERY_SWEEP_MS: 250,
+  ROOKERY_HOST_CHECK_MS: 400,
   ROOKERY_HOST_CHECK_LIMIT_MS: 1_000,
-  ROOKERY_HOST_SILENT_MS: 700,
-  ROOKERY_EVENT_LEASE_MS: 600,
+  ROOKERY_HOST_SILENT_MS: 1_000,
+  ROOKERY_EVENT_LEASE_MS: 900,
   // So that agents renew theirs within a run.
-  ROOKERY_ACCESS_TOKEN_MS: 2_000,
+  ROOKERY_ACCESS_TOKEN_MS: 3_000,
 };
 const CLIENT = { answerGraceMs: 300, lookMs: 600, connectTimeoutMs: 250 };
 const SECRET = "a secret key for runs of the fault suite";
@@ -47,6 +48,7 @@ export interface ReplicaDeps {
 interface Incarnation {
   name: string;
   life: Life;
+  connections: Connections;
   plane: ControlPlane;
 }
 
@@ -80,10 +82,11 @@ export class Replica {
     this.#incarnations += 1;
     const name = `replica${index}x${this.#incarnations}`;
     const life = new Life();
+    const connections = database.connections();
     const config = parseConfig({
-      DATABASE_URL: database.urlFor(name),
+      DATABASE_URL: database.url,
       ROOKERY_SECRET_KEY: SECRET,
-      ROOKERY_DATABASE_CONNECTIONS: "8",
+      ROOKERY_DATABASE_CONNECTIONS: "4",
       ...Object.fromEntries(Object.entries(TIMES).map(([key, value]) => [key, String(value * pace)])),
     });
     const clock = {
@@ -101,9 +104,10 @@ export class Replica {
         connectTimeoutMs: CLIENT.connectTimeoutMs * pace,
       },
       openTransport: this.#transport(life),
+      DatabaseClient: connections.Client,
     });
     plane.start();
-    this.#current = { name, life, plane };
+    this.#current = { name, life, connections, plane };
   }
 
   /** In the middle of everything. */
@@ -112,7 +116,7 @@ export class Replica {
     this.#current = undefined;
     if (dying === undefined) return;
     const ended = dying.life.end();
-    await this.#deps.database.cutOff(dying.name);
+    await this.#deps.database.cutOff(dying.connections);
     await ended;
     // Its memory goes: sockets are gone already, and nothing that it does has an effect.
     void dying.plane.close().catch(() => undefined);

@@ -6,7 +6,7 @@
  */
 import { RookeryError } from "@rookery/protocol/errors";
 import { Kysely, PostgresDialect, sql } from "kysely";
-import { DatabaseError, Pool, TypeOverrides } from "pg";
+import { Client, DatabaseError, Pool, TypeOverrides } from "pg";
 import type { TeamId } from "../model/ids.ts";
 import { lastEventsOf } from "./sandbox-events.ts";
 import type { DB } from "./schema.ts";
@@ -36,10 +36,14 @@ export interface DatabaseOptions {
   statementTimeoutMs: number;
   /** An idle connection that broke, news that was not told: logged, never fatal. */
   onError: (cause: unknown, words: string) => void;
+  /** What connections are made of; a simulated run has its own. */
+  Client?: typeof Client | undefined;
 }
 
 export function openDatabase(options: DatabaseOptions): OpenDatabase {
+  const { Client: DatabaseClient = Client } = options;
   const pool = new Pool({
+    Client: DatabaseClient,
     connectionString: options.url,
     max: options.maxConnections,
     connectionTimeoutMillis: options.connectTimeoutMs,
@@ -53,6 +57,7 @@ export function openDatabase(options: DatabaseOptions): OpenDatabase {
   pool.on("connect", (client) => client.on("error", () => undefined));
   const queries = new Kysely<DB>({ dialect: new PostgresDialect({ pool }) });
   const news = new TeamNews({
+    Client: DatabaseClient,
     url: options.url,
     notify: async (channel, payload) => {
       await sql`select pg_notify(${channel}, ${payload})`.execute(queries);

@@ -9,7 +9,7 @@
  * It is a hint; a poll of the teams that somebody waits for, one query for all
  * of them, brings what it did not.
  */
-import { Client } from "pg";
+import type { Client } from "pg";
 import type { Clock } from "../model/clock.ts";
 import type { TeamId } from "../model/ids.ts";
 
@@ -23,6 +23,7 @@ const PROBE_MS = 15_000;
 const PROBE_LIMIT_MS = 5_000;
 
 export interface TeamNewsOptions {
+  Client: typeof Client;
   url: string;
   /** Sends notices: `select pg_notify(channel, payload)`. */
   notify(channel: string, payload: string): Promise<void>;
@@ -121,7 +122,7 @@ export class TeamNews {
   }
 
   async #listenOnce(clock: Clock, signal: AbortSignal, onOpen: () => void): Promise<void> {
-    const client = new Client({
+    const client = new this.#options.Client({
       connectionString: this.#options.url,
       connectionTimeoutMillis: PROBE_LIMIT_MS,
       query_timeout: PROBE_LIMIT_MS,
