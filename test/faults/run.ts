@@ -25,6 +25,7 @@ export interface RunResult {
 
 /** Silence, one round, the longest deadline and a lease, on a machine that may be busy. */
 const SETTLE_LIMIT_MS = 20_000;
+const LOOK_AGAIN_MS = 100;
 
 export async function runSeed(options: {
   seed: number;
@@ -68,7 +69,7 @@ async function settle(world: World, history: History, pace: number): Promise<Vio
   for (;;) {
     const violations = judge(history, await world.observe(), world);
     if (violations.length === 0 || performance.now() > giveUpAt) return violations;
-    await sleep(100);
+    await sleep(LOOK_AGAIN_MS * pace);
   }
 }
 
@@ -114,7 +115,7 @@ async function resumeSurely(world: World, id: string, pace: number): Promise<Api
     const { sandboxes } = await world.observe();
     if (sandboxes.some((row) => row.id === id && row.status === "running")) return undefined;
     if (performance.now() > giveUpAt) return answer;
-    await sleep(100);
+    await sleep(LOOK_AGAIN_MS * pace);
   }
 }
 
@@ -124,6 +125,6 @@ async function insistOn(world: World, request: ApiRequest, pace: number): Promis
   for (;;) {
     const answer = await world.call(0, request);
     if (answer.status < 500 || performance.now() > giveUpAt) return answer;
-    await sleep(100);
+    await sleep(LOOK_AGAIN_MS * pace);
   }
 }

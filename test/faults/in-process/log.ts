@@ -7,6 +7,7 @@ export class Log {
   readonly lines: string[] = [];
   readonly #keep: boolean;
   readonly #beganAt = performance.now();
+  #lastTakenMs = 0;
 
   constructor(options: { keep: boolean }) {
     this.#keep = options.keep;
@@ -22,6 +23,18 @@ export class Log {
     };
     const [debug, info, warn, error] = LEVELS.map(at);
     return { debug: debug!, info: info!, warn: warn!, error: error! };
+  }
+
+  /** A log that a program of its own left, as pino writes it, put in where it belongs. */
+  takeFile(who: string, text: string, beganAtMs: number): void {
+    if (!this.#keep) return;
+    for (const line of text.split("\n").filter(Boolean)) {
+      const at = /"time":(\d+)/.exec(line)?.[1];
+      const ms = at === undefined ? this.#lastTakenMs : Number(at) - beganAtMs;
+      this.#lastTakenMs = ms;
+      this.lines.push(`${ms.toFixed(0).padStart(6)} ${who} ${line}`);
+    }
+    this.lines.sort((a, b) => Number(a.slice(0, 6)) - Number(b.slice(0, 6)));
   }
 
   #add(who: string, level: string, facts: object, words: string): void {

@@ -84,8 +84,14 @@ export function directoryProcessTable(dir: string): ProcessTable {
   return {
     ...table,
     set(process) {
-      writeFileSync(`${path(process.pid)}.tmp`, JSON.stringify(process));
-      renameSync(`${path(process.pid)}.tmp`, path(process.pid));
+      const half = `${path(process.pid)}.tmp`;
+      try {
+        writeFileSync(half, JSON.stringify(process));
+        renameSync(half, path(process.pid));
+      } catch (cause) {
+        rmSync(half, { force: true });
+        throw cause;
+      }
       table.set(process);
     },
     delete(pid) {

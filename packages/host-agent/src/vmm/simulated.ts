@@ -9,7 +9,7 @@
  * (`corrupt`).
  */
 import { createHash } from "node:crypto";
-import { readFileSync, writeFileSync } from "node:fs";
+import { closeSync, openSync, readFileSync, writeSync } from "node:fs";
 import { mkdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { RookeryError } from "@rookery/protocol/errors";
@@ -291,13 +291,27 @@ async function readOrRefuse<T>(reading: Promise<T>): Promise<T> {
   }
 }
 
-/** The guest's first act: to compare its memory with its disk, and to write to both. */
+/**
+ * The guest's first act: to compare its memory with its disk, and to write to
+ * both. The disk first: where it is full, or the agent is killed between the
+ * two, the guest did not run, and its disk may show that it moved on.
+ */
 function beginToRun(host: SimulatedHost, process: SimulatedProcess): void {
   const onDisk = readRuns(host, process);
   const corrupt = process.corrupt || (onDisk !== undefined && onDisk !== process.guest.runs);
   const guest = { ...process.guest, runs: process.guest.runs + 1 };
+  if (host.guestWritesDisk) overwrite(topFileOf(process), String(guest.runs));
   host.processes.set({ ...process, state: "running", guest, corrupt });
-  if (host.guestWritesDisk) writeFileSync(topFileOf(process), String(guest.runs));
+}
+
+/** In its place, as a guest's block is: what was there stays where there is no room. */
+function overwrite(path: string, text: string): void {
+  const file = openSync(path, "r+");
+  try {
+    writeSync(file, text, 0);
+  } finally {
+    closeSync(file);
+  }
 }
 
 /** Through the chain: the topmost file that was ever written to. */
