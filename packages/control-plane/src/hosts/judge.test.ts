@@ -20,9 +20,14 @@ function seenAs(phase: AgentPhase): AgentSandbox {
   };
 }
 
+const ENDED_UNSEEN: AgentSandbox = {
+  ...seenAs("failed"),
+  exit: { code: "ended_unseen", message: "It ended." },
+};
+
 test("every verdict is an arrow of the state table", () => {
   for (const status of SANDBOX_STATUSES) {
-    for (const seen of [undefined, ...PHASES.map(seenAs)]) {
+    for (const seen of [undefined, ENDED_UNSEEN, ...PHASES.map(seenAs)]) {
       const verdict = judge(status, seen);
       if (verdict.kind !== "move") continue;
       assert.ok(nextStatus(status, verdict.event), `${status} + ${verdict.event}`);
@@ -45,6 +50,16 @@ test("what its host says about a sandbox at rest becomes its status", () => {
       const after = verdict.kind === "move" ? nextStatus(status, verdict.event) : status;
       assert.equal(after, phase);
     }
+  }
+});
+
+test("a VM that ended while its agent was away is stopped, and its row says so; any other failure is an error", () => {
+  for (const status of ["running", "missing"] as const) {
+    const unseen = judge(status, ENDED_UNSEEN);
+    assert.ok(unseen.kind === "move" && nextStatus(status, unseen.event) === "stopped");
+    assert.deepEqual(unseen.error, { code: "ended_unseen", message: "It ended." });
+    const failed = judge(status, seenAs("failed"));
+    assert.ok(failed.kind === "move" && nextStatus(status, failed.event) === "error");
   }
 });
 

@@ -30,13 +30,19 @@ const because =
   (event: SandboxEvent, code: string, message: string): Rule =>
   () => ({ kind: "move", event, error: { code, message } });
 
+const DIED = (seen: AgentSandbox | undefined) =>
+  ({
+    kind: "move",
+    event: "died",
+    error: {
+      code: seen?.exit?.code || "guest_error",
+      message: seen?.exit?.message || "The sandbox's VM ended by itself.",
+    },
+  }) satisfies Verdict;
+/** Where a VM ended while its agent was away nobody knows of a failure, and none is claimed. */
 const FAILED: Rule = (seen) => ({
-  kind: "move",
-  event: "died",
-  error: {
-    code: seen?.exit?.code || "guest_error",
-    message: seen?.exit?.message || "The sandbox's VM ended by itself.",
-  },
+  ...DIED(seen),
+  event: seen?.exit?.code === "ended_unseen" ? "gone" : "died",
 });
 const LOST = because("died", "host_error", "Its host has lost it.");
 
@@ -45,7 +51,7 @@ const RULES: Partial<Record<SandboxStatus, Partial<Record<Seen, Rule>>>> = {
   starting: {
     running: RUNS,
     paused: IS_PAUSED,
-    failed: FAILED,
+    failed: DIED,
     nothing: because("died", "host_error", "It was never made: the work at it was cut short."),
   },
   running: { running: AGREES, paused: IS_PAUSED, failed: FAILED, nothing: IS_GONE },
@@ -55,11 +61,11 @@ const RULES: Partial<Record<SandboxStatus, Partial<Record<Seen, Rule>>>> = {
     failed: FAILED,
     nothing: IS_GONE,
   },
-  paused: { running: RUNS, paused: AGREES, failed: FAILED, nothing: LOST },
+  paused: { running: RUNS, paused: AGREES, failed: DIED, nothing: LOST },
   resuming: {
     running: RUNS,
     paused: because("seenPaused", "host_error", "The resume did not happen."),
-    failed: FAILED,
+    failed: DIED,
     nothing: LOST,
   },
   missing: { running: RUNS, paused: IS_PAUSED, failed: FAILED, nothing: IS_GONE },

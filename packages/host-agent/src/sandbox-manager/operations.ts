@@ -278,7 +278,7 @@ export async function destroy(core: Core, entry: SandboxEntry): Promise<void> {
 export async function end(
   core: Core,
   entry: SandboxEntry,
-  exit: { reason: VmExit["reason"] | "host_restarted" | "host_error"; message: string },
+  exit: { reason: VmExit["reason"] | "ended_unseen" | "host_restarted" | "host_error"; message: string },
 ): Promise<void> {
   entry.set({
     phase: "failed",

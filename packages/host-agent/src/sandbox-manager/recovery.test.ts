@@ -171,6 +171,6 @@ test("a VM that died after its guest ran in a resume is not brought back", async
   for (const { pid } of first.machine.processes.all()) first.machine.processes.delete(pid);
   opened.pop(); // it never ends
   const second = await start();
-  expect(await second.manager.get(OLD)).toMatchObject({ phase: "failed", exit: { code: "vmm_exited" } });
+  expect(await second.manager.get(OLD)).toMatchObject({ phase: "failed", exit: { code: "ended_unseen" } });
   expectNothingLeaked(second);
 });

@@ -167,7 +167,7 @@ async function endGone(core: Core, entry: SandboxEntry): Promise<void> {
     core,
     entry,
     sameBoot
-      ? { reason: "vmm_exited", message: "its virtual machine ended while the agent was away" }
+      ? { reason: "ended_unseen", message: "its virtual machine ended while the agent was away" }
       : { reason: "host_restarted", message: "the host was restarted" },
   );
 }

@@ -1148,7 +1148,7 @@ export declare type HostEvent = Message<"hostagent.v1.HostEvent"> & {
   kind: string;
 
   /**
-   * Why: "expired", "guest_crashed", "vmm_exited", "out_of_disk", ...
+   * Why: "expired", "guest_crashed", "vmm_exited", "ended_unseen", "out_of_disk", ...
    *
    * @generated from field: string reason = 5;
    */
