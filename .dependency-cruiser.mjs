@@ -80,18 +80,14 @@ export default {
 
     only(
       "host-is-the-ground",
-      agent("host|failpoints"),
+      agent("host"),
       ["^packages/protocol/src/errors"],
       "thin access to the machine",
     ),
     only(
       "seams-know-no-manager",
       agent("vmm|root-disk|guest-network"),
-      [
-        agent("vmm|root-disk|guest-network|host|failpoints"),
-        "^packages/host-agent/src/ids",
-        "^packages/protocol/",
-      ],
+      [agent("vmm|root-disk|guest-network|host"), "^packages/host-agent/src/ids", "^packages/protocol/"],
       "drivers are called, and never call",
     ),
     only(
@@ -99,10 +95,10 @@ export default {
       agent("sandbox-manager|vm-pool|journal|events"),
       [
         agent(
-          "sandbox-manager|vm-pool|journal|events|vmm|root-disk|guest-network|warm-images|image|guest|host|failpoints",
+          "sandbox-manager|vm-pool|journal|events|vmm|root-disk|guest-network|warm-images|image|guest|host",
         ),
         "^packages/host-agent/src/ids",
-        "^packages/protocol/src/(errors|memory-compat)",
+        "^packages/protocol/src/(errors|failpoints|memory-compat)",
       ],
       "order, states, recovery",
     ),
@@ -124,8 +120,8 @@ export default {
     {
       name: "bench-and-tests-use-the-public-api",
       severity: "error",
-      comment: "but for the fault suite, which puts whole replicas and agents into one process",
-      from: { path: "^(bench|test)/", pathNot: "^test/faults/" },
+      comment: "but for the fault suites, which look behind it",
+      from: { path: "^(bench|test)/", pathNot: "^test/(faults|processes)/" },
       to: { path: "^packages/(control-plane|host-agent|envd)/src" },
     },
   ],

@@ -24,7 +24,7 @@ export default defineConfig({
       {
         test: {
           name: "db",
-          include: ["packages/*/src/**/*.db.test.ts", "test/faults/*.db.test.ts"],
+          include: ["packages/*/src/**/*.db.test.ts", "test/{faults,processes}/*.db.test.ts"],
           globalSetup: ["packages/control-plane/src/db/testing/global-setup.ts"],
           pool: "forks",
           testTimeout: 30_000,

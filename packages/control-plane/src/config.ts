@@ -2,6 +2,7 @@
  * Configuration: read from the environment once, by main.ts, into one frozen
  * object. Every interval is here, so that tests can shorten it.
  */
+import { isAbsolute } from "node:path";
 import { z } from "zod";
 import { STRATEGY_NAMES } from "./hosts/scheduler.ts";
 
@@ -52,6 +53,8 @@ const Environment = z.object({
   ROOKERY_ACCESS_TOKEN_MS: ms(7 * DAY),
   ROOKERY_REFRESH_TOKEN_MS: ms(60 * DAY),
   ROOKERY_SHUTDOWN_MS: ms(8 * SECOND),
+  /** For tests alone: a directory whose `failpoints.json` arms failpoints, and that gets `failpoint-hits`. */
+  ROOKERY_FAILPOINTS_DIR: z.string().refine(isAbsolute, "must be an absolute path").optional(),
 });
 
 export type Config = ReturnType<typeof parseConfig>;
@@ -74,6 +77,7 @@ export function parseConfig(environment: Readonly<Record<string, string | undefi
     scheduler: env.ROOKERY_SCHEDULER,
     requestsPerMinute: env.ROOKERY_REQUESTS_PER_MINUTE,
     shutdownMs: env.ROOKERY_SHUTDOWN_MS,
+    failpointsDir: env.ROOKERY_FAILPOINTS_DIR,
     services: {
       maxSandboxesPerTeam: env.ROOKERY_MAX_SANDBOXES_PER_TEAM,
       createMs: env.ROOKERY_CREATE_MS,

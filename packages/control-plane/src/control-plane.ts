@@ -4,6 +4,8 @@
  * survive is in PostgreSQL, so any number of replicas may run and die.
  */
 import { randomBytes } from "node:crypto";
+import { join } from "node:path";
+import { Failpoints, type Reach } from "@rookery/protocol/failpoints";
 import { Registry } from "prom-client";
 import { type DatabaseOptions, openDatabase } from "./db/database.ts";
 import { dropOldSandboxEvents } from "./db/sandbox-events.ts";
@@ -11,6 +13,7 @@ import { MIGRATIONS_DIR, isMigrated, readMigrations } from "./db/migrate.ts";
 import type { Config } from "./config.ts";
 import { openCluster } from "./hosts/cluster.ts";
 import { HostCredentials } from "./hosts/credentials.ts";
+import { CREDENTIAL_FAILPOINTS } from "./hosts/failpoints.ts";
 import { DeadlineSweep } from "./hosts/deadline-sweep.ts";
 import { EventReader } from "./hosts/event-reader.ts";
 import { type OpenTransport, openHostClient } from "./hosts/host-client.ts";
@@ -56,6 +59,8 @@ export interface ControlPlane {
   deps: Deps;
   /** Its figures; those of the API come beside them. */
   metrics: Registry;
+  /** Its failpoints: unarmed unless the environment says otherwise. */
+  reach: Reach;
   /** Begins what comes again and again; for `serve` only. */
   start(): void;
   close(): Promise<void>;
@@ -98,7 +103,15 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     const open: OpenClient = (endpoint) =>
       openHostClient(endpoint, { ...CLIENT, ...client, clusterId: cluster.id, now, token }, openTransport);
     const hostDeps = { db, pool: new HostClientPool(open), clock, log };
-    const credentials = new HostCredentials({ db, cluster, random, now, options: config.credentials });
+    const reach = openFailpoints(config.failpointsDir, log);
+    const credentials = new HostCredentials({
+      db,
+      cluster,
+      random,
+      now,
+      options: config.credentials,
+      reach,
+    });
     const metrics = new Registry();
     const loops = prepareLoops(config, hostDeps, { replica: ids.text(20), metrics });
     const deps: Deps = {
@@ -116,6 +129,7 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     return {
       deps,
       metrics,
+      reach,
       services: openServices(deps),
       start: () => loops.start(),
       close: async () => {
@@ -128,6 +142,18 @@ export async function openControlPlane(config: Config, log: Log, seams: Seams = 
     await close();
     throw cause;
   }
+}
+
+function openFailpoints(dir: string | undefined, log: Log): Reach {
+  if (dir !== undefined) log.warn({ dir }, "failpoints can be armed: this replica is for tests alone");
+  const failpoints = new Failpoints({
+    known: CREDENTIAL_FAILPOINTS,
+    ...(dir !== undefined && {
+      controlFile: join(dir, "failpoints.json"),
+      hitsFile: join(dir, "failpoint-hits"),
+    }),
+  });
+  return (name) => failpoints.reach(name);
 }
 
 function prepareLoops(

@@ -48,6 +48,7 @@ async function serve(config: Config, log: Logger): Promise<void> {
     limits: { requestsPerMinute: config.requestsPerMinute },
     assets: bundledAssets(),
     metrics: plane.metrics,
+    reach: plane.reach,
   });
   await api.listen({ host: config.host, port: config.port });
   plane.start();
@@ -97,7 +98,7 @@ async function runBootstrap(config: Config, log: Logger, newKey: boolean): Promi
 async function runReseal(config: Config, log: Logger): Promise<void> {
   const plane = await openControlPlane(config, log);
   try {
-    console.log(JSON.stringify({ resealed: await reseal(plane.deps.db, plane.deps.sealer) }));
+    console.log(JSON.stringify({ resealed: await reseal(plane.deps.db, plane.deps.sealer, plane.reach) }));
   } finally {
     await plane.close();
   }

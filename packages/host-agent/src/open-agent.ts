@@ -10,10 +10,10 @@ import { RookeryError } from "@rookery/protocol/errors";
 import type { Logger } from "pino";
 import type { Config } from "./config.ts";
 import type { SnapshotSharing } from "./control-plane/control-plane-client.ts";
-import { REFRESH_FAILPOINTS } from "./control-plane/control-plane-link.ts";
+import { LINK_FAILPOINTS } from "./control-plane/control-plane-link.ts";
 import { END_FAILPOINTS } from "./control-plane/host-ending.ts";
 import { REGISTER_FAILPOINTS } from "./control-plane/register.ts";
-import { Failpoints } from "./failpoints/failpoints.ts";
+import { Failpoints } from "@rookery/protocol/failpoints";
 import type { GuestNetworkDriver } from "./guest-network/guest-network.ts";
 import type { Guests } from "./guest/envd-client.ts";
 import { DataLock } from "./host/data-lock.ts";
@@ -230,7 +230,7 @@ function placeMaker(places: Promise<Places>): PlaceMaker {
 }
 
 function credentialFailpoints(): string[] {
-  return [...REGISTER_FAILPOINTS, ...REFRESH_FAILPOINTS, ...END_FAILPOINTS].flatMap((name) => [
+  return [...REGISTER_FAILPOINTS, ...LINK_FAILPOINTS, ...END_FAILPOINTS].flatMap((name) => [
     `${name}.before`,
     `${name}.after`,
   ]);

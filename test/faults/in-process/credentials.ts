@@ -13,7 +13,8 @@ interface Token {
 
 export class CredentialWatch {
   readonly violations: string[] = [];
-  readonly #registrations = new Map<string, number>();
+  /** Per token, the keys of those who registered with it. */
+  readonly #registrations = new Map<string, Set<string>>();
   readonly #tokens = new Map<string, Token>();
 
   /** Around an exchange at a replica. */
@@ -28,12 +29,16 @@ export class CredentialWatch {
     return answer;
   }
 
-  async register(shown: string, exchange: () => Promise<ApiAnswer>): Promise<ApiAnswer> {
+  /** Whoever did not get the answer may ask again, with the same key. */
+  async register(
+    { token, public_key: key }: { token: string; public_key: string },
+    exchange: () => Promise<ApiAnswer>,
+  ): Promise<ApiAnswer> {
     const answer = await exchange();
     if (answer.status > 299) return answer;
-    const times = (this.#registrations.get(shown) ?? 0) + 1;
-    this.#registrations.set(shown, times);
-    if (times > 1) this.violations.push(`a registration token, ${times} times`);
+    const keys = (this.#registrations.get(token) ?? new Set()).add(key);
+    this.#registrations.set(token, keys);
+    if (keys.size > 1) this.violations.push(`a registration token, by ${keys.size} agents`);
     return answer;
   }
 

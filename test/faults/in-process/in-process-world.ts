@@ -25,7 +25,7 @@ const FIRST_PORT = 9_000;
 const madeHost = z.object({ host: z.object({ id: z.string() }), registration_token: z.string() });
 const hostStatus = z.object({ status: z.string() });
 const refreshBody = z.object({ refresh_token: z.string() });
-const registerBody = z.object({ token: z.string() });
+const registerBody = z.object({ token: z.string(), public_key: z.string() });
 
 export interface WorldOptions {
   schedule: Schedule;
@@ -361,7 +361,7 @@ export class InProcessWorld implements World {
       return await this.#credentials.refresh(refreshBody.parse(body).refresh_token, deliver);
     }
     if (path.endsWith("/register"))
-      return await this.#credentials.register(registerBody.parse(body).token, deliver);
+      return await this.#credentials.register(registerBody.parse(body), deliver);
     return await deliver();
   }
 }

@@ -25,7 +25,7 @@ export interface Authority {
 }
 
 const refreshBody = z.object({ refresh_token: z.string() });
-const registerBody = z.object({ token: z.string() });
+const registerBody = z.object({ token: z.string(), public_key: z.string() });
 
 export function makeAuthority(dir: string, addresses: readonly string[]): Authority {
   const [keyFile, certFile] = [join(dir, "front-door.key"), join(dir, "front-door.pem")];
@@ -114,7 +114,7 @@ export class FrontDoor implements AsyncDisposable {
       return await this.credentials.refresh(refreshBody.parse(JSON.parse(text)).refresh_token, deliver);
     }
     if (path.endsWith("/register")) {
-      return await this.credentials.register(registerBody.parse(JSON.parse(text)).token, deliver);
+      return await this.credentials.register(registerBody.parse(JSON.parse(text)), deliver);
     }
     return await deliver();
   }

@@ -69,7 +69,7 @@ export async function buildApi(services: Services, options: ApiOptions): Promise
     await teamRoutes(scope, services);
     await hostRoutes(scope, services);
     await hostLifeRoutes(scope, services);
-    await hostAgentRoutes(scope, services);
+    await hostAgentRoutes(scope, services, options.reach);
     await eventRoutes(scope, { services, limits, closing });
     await operationRoutes(scope, services, registry);
   });

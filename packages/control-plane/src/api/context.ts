@@ -55,6 +55,8 @@ export interface ApiOptions {
   limits?: Partial<ApiLimits>;
   /** Where the API's figures go, beside what others put there; /metrics shows all of it. */
   metrics?: Registry;
+  /** Failpoint, by its name: before and after the answer of an `exchange`. */
+  reach?: (name: string) => void | Promise<void>;
   /** Where the files of /docs and /test lie; absent: in the source tree. */
   assets?: AssetDirectories;
 }
@@ -70,6 +72,8 @@ declare module "fastify" {
     isIdempotent?: boolean;
     /** Codes besides those that its access, body and parameters imply. */
     errors?: readonly ErrorCode[];
+    /** An agent's credentials change hands here: `NAME.answer` is a failpoint. */
+    exchange?: string;
     /** Media types of a body that no schema reads, for the document. */
     rawBody?: Readonly<Record<string, object>>;
   }

@@ -1,5 +1,6 @@
 /**
- * Tokens of hosts: one-time registration tokens and rotating refresh tokens.
+ * Tokens of hosts: one-time registration tokens and rotating refresh tokens. A
+ * refresh token is used when it is shown, or the access token that came with it.
  * Only hashes are here. Which of them is good is decided in hosts/credentials.ts;
  * these functions run inside its transactions.
  */
@@ -20,31 +21,69 @@ export async function putRegistrationToken(
   const row = await db
     .insertInto("host_registration_tokens")
     .values({ host_id: hostId, token_hash: tokenHash, expires_at })
-    .onConflict((conflict) => conflict.column("host_id").doUpdateSet({ token_hash: tokenHash, expires_at }))
+    .onConflict((conflict) =>
+      conflict.column("host_id").doUpdateSet({ token_hash: tokenHash, expires_at, spent_at: null }),
+    )
     .returning("expires_at")
     .executeTakeFirstOrThrow();
   return row.expires_at;
 }
 
-/** Its host, once; undefined when it is unknown, used or too old. */
-export async function consumeRegistrationToken(
-  tx: Queryable,
-  tokenHash: Buffer,
-): Promise<HostId | undefined> {
+/** Its host, once; undefined when it is unknown, spent or too old. */
+export async function spendRegistrationToken(tx: Queryable, tokenHash: Buffer): Promise<HostId | undefined> {
   const row = await tx
-    .deleteFrom("host_registration_tokens")
+    .updateTable("host_registration_tokens")
+    .set({ spent_at: sql<Date>`now()` })
     .where("token_hash", "=", tokenHash)
+    .where("spent_at", "is", null)
     .where("expires_at", ">", sql<Date>`now()`)
     .returning("host_id")
     .executeTakeFirst();
   return row?.host_id;
 }
 
+/**
+ * The host that was registered by a spent token with this key, as long as
+ * nothing of what it was given then has been used. Its row is locked.
+ */
+export async function findUnheardRegistration(
+  tx: Queryable,
+  tokenHash: Buffer,
+  publicKey: string,
+): Promise<HostId | undefined> {
+  const spent = await tx
+    .selectFrom("host_registration_tokens")
+    .select("host_id")
+    .where("token_hash", "=", tokenHash)
+    .where("spent_at", "is not", null)
+    .executeTakeFirst();
+  if (!spent) return undefined;
+  const host = await tx
+    .selectFrom("hosts")
+    .select("id")
+    .where("id", "=", spent.host_id)
+    .where("public_key", "=", publicKey)
+    .where("deleted_at", "is", null)
+    .where("revoked_at", "is", null)
+    .forUpdate()
+    .executeTakeFirst();
+  if (!host) return undefined;
+  // Asked once the row is ours: a heartbeat or a refresh may have been first.
+  const unheard = await tx
+    .selectFrom("host_refresh_tokens")
+    .select("host_id")
+    .where("host_id", "=", host.id)
+    .where("parent_hash", "is", null)
+    .where("used_at", "is", null)
+    .executeTakeFirst();
+  return unheard?.host_id;
+}
+
 export interface RefreshToken {
   hash: Buffer;
   hostId: HostId;
   isExpired: boolean;
-  /** One that it was exchanged for, or another that was given for its parent, has been shown. */
+  /** One that it was exchanged for, or another that was given for its parent, was used. */
   isOutrun: boolean;
   epoch: number;
   /** Its host was deleted or revoked: it is good no more, and kept to say so. */
@@ -104,10 +143,14 @@ export async function insertRefreshToken(
     .execute();
 }
 
-export async function markRefreshTokenUsed(tx: Queryable, hash: Buffer): Promise<void> {
+/** As long as it counts, it counts as long as the successor that it gets now. */
+export async function markRefreshTokenUsed(tx: Queryable, hash: Buffer, validMs: number): Promise<void> {
   await tx
     .updateTable("host_refresh_tokens")
-    .set({ used_at: sql<Date>`coalesce(used_at, now())` })
+    .set({
+      used_at: sql<Date>`coalesce(used_at, now())`,
+      expires_at: sql<Date>`now() + ${interval(validMs)}`,
+    })
     .where("token_hash", "=", hash)
     .execute();
 }

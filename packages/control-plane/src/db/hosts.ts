@@ -230,6 +230,13 @@ export async function raiseHostEpoch(tx: Queryable, id: HostId): Promise<void> {
     .execute();
 }
 
+/** What an access token proves. */
+export interface HostProof {
+  epoch: number;
+  /** Of the refresh token that came with it; absent in tokens of older releases. */
+  refreshHash?: Buffer | undefined;
+}
+
 export interface Heartbeat {
   load: HostLoad;
   digest: string;
@@ -239,14 +246,15 @@ export interface Heartbeat {
 }
 
 /**
- * It lives, and whether its digest is the one that our rows have is seen here,
- * while both are of the same moment. One that was silent is looked at at once,
- * and whole; another event log begins at its beginning. Undefined: no such host, or the token is of another epoch.
+ * It lives, and the tokens that it shows are in use. Whether its digest is the
+ * one that our rows have is seen here, while both are of the same moment. One
+ * that was silent is looked at at once, and whole; another event log begins at
+ * its beginning. Undefined: no such host, or the token is of another epoch.
  */
 export async function recordHeartbeat(
   db: Queryable,
   id: HostId,
-  epoch: number,
+  { epoch, refreshHash }: HostProof,
   heartbeat: Heartbeat,
 ): Promise<{ acknowledgedEvent: bigint; wasSilent: boolean } | undefined> {
   const row = await db
@@ -258,6 +266,15 @@ export async function recordHeartbeat(
         .where("epoch", "=", epoch)
         .where("deleted_at", "is", null)
         .forUpdate(),
+    )
+    .with("used", (query) =>
+      query
+        .updateTable("host_refresh_tokens")
+        .from("before")
+        .set({ used_at: sql<Date>`now()` })
+        .where("token_hash", "=", refreshHash ?? null)
+        .whereRef("host_id", "=", "before.id")
+        .where("used_at", "is", null),
     )
     .updateTable("hosts")
     .from("before")

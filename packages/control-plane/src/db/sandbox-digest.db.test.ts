@@ -47,9 +47,14 @@ async function newHost(): Promise<HostId> {
 }
 
 const beat = (id: HostId, digest: string) =>
-  recordHeartbeat(database.db, id, 1, {
-    ...{ load: { cpus: 0, memoryMbUsed: 0, diskMbFree: 0, sandboxes: 0 }, digest, eventLogId: "l" },
-  });
+  recordHeartbeat(
+    database.db,
+    id,
+    { epoch: 1 },
+    {
+      ...{ load: { cpus: 0, memoryMbUsed: 0, diskMbFree: 0, sandboxes: 0 }, digest, eventLogId: "l" },
+    },
+  );
 /** Whether a host that says this agrees with its rows. */
 async function agrees(id: HostId, digest: string): Promise<boolean> {
   await beat(id, digest);
@@ -246,9 +251,14 @@ test("no heartbeat and no check reads a sandbox", async () => {
   await database.db.transaction().execute(async (inner) => {
     tx = inner;
     const before = await read();
-    await recordHeartbeat(inner, hostId, 1, {
-      ...{ load: { cpus: 0, memoryMbUsed: 0, diskMbFree: 0, sandboxes: 0 }, digest: "x", eventLogId: "l" },
-    });
+    await recordHeartbeat(
+      inner,
+      hostId,
+      { epoch: 1 },
+      {
+        ...{ load: { cpus: 0, memoryMbUsed: 0, diskMbFree: 0, sandboxes: 0 }, digest: "x", eventLogId: "l" },
+      },
+    );
     await claimDueHosts(inner, { limit: 1_000, everyMs: 0, unheardMs: 1, compareEveryMs: 1 });
     assert.equal(await read(), before);
     await liveSandboxesOfHost(inner, hostId, { after: "", limit: 1 });

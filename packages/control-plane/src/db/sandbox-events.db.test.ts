@@ -34,7 +34,7 @@ async function newHost(): Promise<HostId> {
   await insertHost(database.db, { id, name: "h", type: "shared", labels: {} });
   await recordRegistration(database.db, id, { ...facts, address: "127.0.0.1:1", publicKey: "AAAA" });
   const load = { cpus: 0, memoryMbUsed: 0, diskMbFree: 0, sandboxes: 0 };
-  await recordHeartbeat(database.db, id, 1, { load, digest: "", eventLogId: "l" });
+  await recordHeartbeat(database.db, id, { epoch: 1 }, { load, digest: "", eventLogId: "l" });
   return id;
 }
 

@@ -50,7 +50,7 @@ beforeEach(async () => {
     digest: "",
     eventLogId: "l",
   };
-  await recordHeartbeat(database.db, hostId, 1, heartbeat);
+  await recordHeartbeat(database.db, hostId, { epoch: 1 }, heartbeat);
 });
 
 const insert = (input: { deadlineMs?: number; quota?: number; metadata?: Record<string, string> } = {}) =>

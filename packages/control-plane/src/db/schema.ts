@@ -46,6 +46,7 @@ export interface HostRefreshTokens {
 export interface HostRegistrationTokens {
   expires_at: Timestamp;
   host_id: HostId;
+  spent_at: Timestamp | null;
   token_hash: Buffer;
 }
 

@@ -2,9 +2,10 @@
  * Tokens that this cluster signs (EdDSA, its one key): what proves a host to us,
  * and what proves us to a host. The audiences keep the two apart.
  */
-import { createHash } from "node:crypto";
+import { createHash, createPublicKey } from "node:crypto";
 import { RookeryError } from "@rookery/protocol/errors";
 import { SignJWT, jwtVerify } from "jose";
+import type { HostProof } from "../db/hosts.ts";
 import { type HostId, isHostId } from "../model/ids.ts";
 import type { Cluster } from "./cluster.ts";
 
@@ -21,11 +22,11 @@ export const hashToken = (token: string): Buffer => createHash("sha256").update(
 
 export async function signHostAccess(
   cluster: Cluster,
-  host: { id: HostId; epoch: number },
+  host: { id: HostId } & HostProof,
   options: { validMs: number; nowMs: number },
 ): Promise<string> {
   const now = Math.floor(options.nowMs / 1000);
-  return new SignJWT({ epoch: host.epoch })
+  return new SignJWT({ epoch: host.epoch, refresh: host.refreshHash?.toString("base64url") })
     .setProtectedHeader({ alg: ALGORITHM })
     .setIssuer(ISSUER)
     .setAudience(AUDIENCE)
@@ -40,7 +41,7 @@ export async function verifyHostAccess(
   cluster: Cluster,
   token: string,
   nowMs: number,
-): Promise<{ id: HostId; epoch: number }> {
+): Promise<{ id: HostId } & HostProof> {
   try {
     const { payload } = await jwtVerify(token, cluster.verifyingKey, {
       algorithms: [ALGORITHM],
@@ -50,12 +51,30 @@ export async function verifyHostAccess(
       clockTolerance: LEEWAY_SEC,
       currentDate: new Date(nowMs),
     });
-    const { sub, epoch } = payload;
+    const { sub, epoch, refresh } = payload;
     if (sub === undefined || !isHostId(sub) || typeof epoch !== "number")
       throw new Error("claims are missing");
-    return { id: sub, epoch };
+    return {
+      id: sub,
+      epoch,
+      refreshHash: typeof refresh === "string" ? Buffer.from(refresh, "base64url") : undefined,
+    };
   } catch (cause) {
     throw new RookeryError("invalid_token", "The access token is not valid.", { cause });
+  }
+}
+
+/**
+ * Is `proof` signed with the private half of `publicKey` (SPKI in base64), over
+ * this registration token? Nobody else can have made it.
+ */
+export async function provesRegistrant(proof: string, publicKey: string, token: string): Promise<boolean> {
+  try {
+    const key = createPublicKey({ key: Buffer.from(publicKey, "base64"), format: "der", type: "spki" });
+    const { payload } = await jwtVerify(proof, key, { algorithms: [ALGORITHM], audience: AUDIENCE });
+    return payload["purpose"] === "register" && payload["token"] === hashToken(token).toString("hex");
+  } catch {
+    return false; // whatever it is, it proves nothing
   }
 }
 

@@ -66,9 +66,9 @@ export async function listHosts(
 }
 
 export async function registerHost(deps: Deps, input: RegisterHostInput): Promise<Registration> {
-  const { token, ...facts } = input;
+  const { token, proof, ...facts } = input;
   assertAddress(input);
-  const { hostId, accessToken, refreshToken } = await deps.credentials.register(token, facts);
+  const { hostId, accessToken, refreshToken } = await deps.credentials.register(token, facts, proof);
   deps.log.info({ host: hostId, version: input.version }, "a host registered");
   deps.onHostSeen();
   const { id: clusterId, publicKey: controlPlaneKey } = deps.cluster;

@@ -11,20 +11,30 @@ import type { Sealer } from "../model/sealer.ts";
 const PAGE = 500;
 
 /** Throws when something was sealed with a key that `sealer` does not have; nothing else is lost by that. */
-export async function reseal(db: Queryable, sealer: Sealer): Promise<{ answers: number }> {
+export async function reseal(
+  db: Queryable,
+  sealer: Sealer,
+  reach: (name: string) => void | Promise<void> = () => undefined,
+): Promise<{ answers: number }> {
   const cluster = await findCluster(db);
   if (cluster) {
     const plain = sealer.open("cluster-secrets", cluster.sealedSecrets);
-    if (!(await replaceSealedSecrets(db, cluster.sealedSecrets, sealer.seal("cluster-secrets", plain)))) {
+    const sealed = sealer.seal("cluster-secrets", plain);
+    await reach("reseal.cluster.before");
+    if (!(await replaceSealedSecrets(db, cluster.sealedSecrets, sealed))) {
       throw new Error("the cluster's secrets were sealed by somebody else just now: run it again");
     }
+    await reach("reseal.cluster.after");
   }
   let answers = 0;
   for (let after = { teamId: "", key: "" }; ;) {
     const page = await sealedAnswers(db, { after, limit: PAGE });
     for (const answer of page) {
       const plain = sealer.open("idempotent-answer", answer.sealedBody);
-      if (await replaceSealedAnswer(db, answer, sealer.seal("idempotent-answer", plain))) answers += 1;
+      const sealed = sealer.seal("idempotent-answer", plain);
+      await reach("reseal.answer.before");
+      if (await replaceSealedAnswer(db, answer, sealed)) answers += 1;
+      await reach("reseal.answer.after");
     }
     const last = page.at(-1);
     if (!last || page.length < PAGE) return { answers };

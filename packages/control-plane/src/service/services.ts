@@ -194,6 +194,8 @@ export interface HostContents {
 
 export interface RegisterHostInput {
   token: string;
+  /** That the agent has the key: makes a token that it spent good again, until its answer was used. */
+  proof?: string;
   address: string;
   /** SHA-256 of the agent's certificate (DER), 64 hex; absent: plain HTTP, loopback only. */
   certificateFingerprint?: string;

@@ -100,9 +100,11 @@ export class ControlPlaneClient {
     await this.#connections.destroy();
   }
 
+  /** `proof`: that we have the key (register.ts). */
   register(
     token: string,
     host: HostDescription,
+    proof: string,
     signal: AbortSignal,
   ): Promise<z.output<typeof registrationSchema>> {
     const body = {
@@ -110,6 +112,7 @@ export class ControlPlaneClient {
       address: host.address,
       certificate_fingerprint: host.certificateFingerprint,
       public_key: host.publicKey,
+      proof,
       arch: host.arch,
       cpus: host.cpus,
       memory_mb: host.memoryMb,

@@ -8,11 +8,11 @@ import { join } from "node:path";
 import { digestOfSandboxes } from "@rookery/protocol/sandbox-digest";
 import { SignJWT } from "jose";
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { commandTokens, signEndHost } from "../../../control-plane/src/hosts/tokens.ts";
+import { commandTokens, provesRegistrant, signEndHost } from "../../../control-plane/src/hosts/tokens.ts";
 import { removeTree } from "../host/atomic-file.ts";
 import { systemClock } from "../sandbox-manager/clock.ts";
 import { ControlPlaneClient } from "./control-plane-client.ts";
-import { ControlPlaneLink, REFRESH_FAILPOINTS } from "./control-plane-link.ts";
+import { ControlPlaneLink, LINK_FAILPOINTS } from "./control-plane-link.ts";
 import type { LinkDeps } from "./control-plane-link.ts";
 import { CredentialStore } from "./credentials.ts";
 import { REGISTER_FAILPOINTS, registerHost } from "./register.ts";
@@ -33,6 +33,8 @@ class FakeControlPlane {
   /** What it says of the host with each refusal. */
   hostEnd: { reason: string; proof?: string } | undefined;
   acknowledged = 0;
+  /** The key that the registration token was spent with. */
+  spentWith: unknown;
   nowSec = () => Math.floor(Date.now() / 1000);
   #server: Server | undefined;
   url = "";
@@ -89,6 +91,9 @@ class FakeControlPlane {
   ): Promise<object> {
     if (path === "/v1/hosts/register") {
       if (body["token"] !== "one-time") throw new Error("spent");
+      if ((this.spentWith ??= body["public_key"]) !== body["public_key"]) throw new Error("another agent");
+      if (!(await provesRegistrant(String(body["proof"]), String(body["public_key"]), "one-time")))
+        throw new Error("no proof");
       return {
         host_id: HOST_ID,
         cluster_id: "cluster-1",
@@ -245,12 +250,22 @@ test("a refused access token is renewed and the heartbeat sent again", async () 
 });
 
 test("an agent that dies at any line of an exchange is not locked out", async () => {
-  const names = [...REGISTER_FAILPOINTS, ...REFRESH_FAILPOINTS].flatMap((name) => [
+  const names = [...REGISTER_FAILPOINTS, ...LINK_FAILPOINTS].flatMap((name) => [
     `${name}.before`,
     `${name}.after`,
   ]);
-  await register();
-  for (const name of names.filter((name) => name.startsWith("refresh"))) {
+  plane.acknowledged = 4;
+  for (const name of names.filter((name) => name.startsWith("register"))) {
+    await store.forget();
+    plane.spentWith = undefined;
+    failAt = name;
+    await assert.rejects(register(), /died at/);
+    failAt = undefined;
+    store = await CredentialStore.open(dir);
+    await register();
+    assert.equal(store.current?.hostId, HOST_ID, name);
+  }
+  for (const name of names.filter((name) => !name.startsWith("register"))) {
     plane.accepts.clear();
     failAt = name;
     await new ControlPlaneLink({ ...deps, store }).beat(signal);

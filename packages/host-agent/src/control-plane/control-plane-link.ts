@@ -19,7 +19,12 @@ import { TokenRefused } from "./control-plane-client.ts";
 import type { ControlPlaneClient, Heartbeat } from "./control-plane-client.ts";
 import type { Credentials, CredentialStore } from "./credentials.ts";
 
-export const REFRESH_FAILPOINTS = ["refresh.request", "refresh.store"] as const;
+export const LINK_FAILPOINTS = [
+  "refresh.request",
+  "refresh.store",
+  "heartbeat.request",
+  "heartbeat.acknowledge",
+] as const;
 
 /** An access token is renewed when this much of its life has passed. */
 const RENEW_AT = 0.8;
@@ -127,7 +132,7 @@ export class ControlPlaneLink {
   }
 
   async #heartbeat(credentials: Credentials, signal: AbortSignal): Promise<Heard> {
-    const { client, events, logger } = this.#deps;
+    const { client, events, logger, reach } = this.#deps;
     const sandboxes = this.#deps.sandboxes();
     const { logId, lastNumber } = events;
     const heartbeat: Heartbeat = {
@@ -138,18 +143,22 @@ export class ControlPlaneLink {
       lastEventNumber: lastNumber,
     };
     const { hostId, accessToken } = credentials;
+    await reach("heartbeat.request.before");
     const { acknowledgedEvent } = await client.heartbeat(hostId, accessToken, heartbeat, signal);
+    await reach("heartbeat.request.after");
     logger.debug({ sandboxes: sandboxes.length }, "heartbeat");
     return { logId, lastNumber, acknowledgedEvent };
   }
 
   /** A failure here is our disk's, and says nothing about the control plane. */
   async #acknowledge({ logId, lastNumber, acknowledgedEvent }: Heard): Promise<void> {
-    const { events, logger } = this.#deps;
+    const { events, logger, reach } = this.#deps;
     // More than there is would be another log's number: this one was lost meanwhile.
     if (acknowledgedEvent <= 0n || acknowledgedEvent > lastNumber) return;
     try {
+      await reach("heartbeat.acknowledge.before");
       await events.acknowledge(logId, acknowledgedEvent);
+      await reach("heartbeat.acknowledge.after");
     } catch (err) {
       logger.error({ err }, "acknowledged events could not be dropped");
     }

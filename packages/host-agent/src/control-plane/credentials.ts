@@ -1,7 +1,10 @@
 /**
  * What this host proves itself with, and whom it obeys: DATA/credentials.json,
- * 0600, replaced as a whole and made durable before anything of it is used.
+ * 0600, replaced as a whole and made durable before anything of it is used. Until
+ * it is registered, DATA/registration.json has the key that it registers with.
  */
+import { createPrivateKey, generateKeyPairSync } from "node:crypto";
+import type { KeyObject } from "node:crypto";
 import { dirname, join } from "node:path";
 import { z } from "zod";
 import { readJson, removeTree, syncDirectory, writeFileAtomic } from "../host/atomic-file.ts";
@@ -26,14 +29,24 @@ const credentialsSchema = z.object({
   /** The host was deleted: nothing of this counts, and it is here only until all that the host has is destroyed. */
   ended: z.literal(true).optional(),
 });
+/** A registration that was begun. */
+const registrationSchema = z.object({
+  version: z.literal(1),
+  /** SHA-256 of the token, hex. */
+  tokenHash: z.string(),
+  /** PKCS #8 (DER) in base64. */
+  privateKey: z.string().min(1),
+});
 export type Credentials = Readonly<z.output<typeof credentialsSchema>>;
 
 export class CredentialStore {
   readonly #path: string;
+  readonly #registrationPath: string;
   #current: Credentials | undefined;
 
   private constructor(path: string, current: Credentials | undefined) {
     this.#path = path;
+    this.#registrationPath = join(dirname(path), "registration.json");
     this.#current = current;
   }
 
@@ -63,6 +76,39 @@ export class CredentialStore {
     this.#current = next;
   }
 
+  /**
+   * The key to register with by this token: made and durable before the token is
+   * shown, and the same one at each further try. By it the control plane knows
+   * that whoever shows the token again is the one who spent it.
+   */
+  async registrationKey(tokenHash: string): Promise<KeyObject> {
+    const begun = await this.#readRegistration();
+    if (begun?.tokenHash === tokenHash) {
+      return createPrivateKey({ key: Buffer.from(begun.privateKey, "base64"), format: "der", type: "pkcs8" });
+    }
+    const { privateKey } = generateKeyPairSync("ed25519");
+    const text = privateKey.export({ format: "der", type: "pkcs8" }).toString("base64");
+    await writeFileAtomic(
+      this.#registrationPath,
+      `${JSON.stringify({ version: 1, tokenHash, privateKey: text })}\n`,
+      { mode: 0o600, sync: true },
+    );
+    return privateKey;
+  }
+
+  async clearRegistration(): Promise<void> {
+    await removeTree(this.#registrationPath);
+  }
+
+  async #readRegistration(): Promise<z.output<typeof registrationSchema> | undefined> {
+    try {
+      return await readJson(this.#registrationPath, registrationSchema);
+    } catch (cause) {
+      if (isErrno(cause, "ENOENT")) return undefined;
+      throw cause;
+    }
+  }
+
   /** From here on the host obeys nobody, also after a crash. */
   async markEnded(): Promise<void> {
     if (this.#current !== undefined) await this.replace({ ...this.#current, ended: true });
@@ -70,6 +116,7 @@ export class CredentialStore {
 
   async forget(): Promise<void> {
     await removeTree(this.#path);
+    await removeTree(this.#registrationPath);
     await syncDirectory(dirname(this.#path));
     this.#current = undefined;
   }

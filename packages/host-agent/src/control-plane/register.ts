@@ -1,17 +1,26 @@
 /**
  * Registration: a one-time token becomes this host's credentials.
  *
- * If the answer is lost on its way, the token is spent and nothing is stored:
- * the operator asks the control plane for another one.
+ * The key comes first and is durable. If the answer is lost on its way, or we
+ * die before it is stored, the next try shows the same token with a proof that
+ * we have the key that it was spent with, and gets another answer: until one is
+ * used, and no clock says when. Anyone else is refused.
  */
-import { createHash, generateKeyPairSync } from "node:crypto";
+import { createHash, createPublicKey } from "node:crypto";
+import type { KeyObject } from "node:crypto";
 import { RookeryError } from "@rookery/protocol/errors";
-import { publicKeyOf } from "../rpc/auth.ts";
+import { SignJWT } from "jose";
+import { CONTROL_PLANE_ISSUER, publicKeyOf } from "../rpc/auth.ts";
 import { TokenRefused } from "./control-plane-client.ts";
 import type { ControlPlaneClient, HostDescription } from "./control-plane-client.ts";
 import type { Credentials, CredentialStore } from "./credentials.ts";
 
-export const REGISTER_FAILPOINTS = ["register.request", "register.store"] as const;
+export const REGISTER_FAILPOINTS = [
+  "register.key",
+  "register.request",
+  "register.store",
+  "register.clear",
+] as const;
 
 export interface RegisterDeps {
   client: ControlPlaneClient;
@@ -34,11 +43,14 @@ export async function registerHost(
   signal: AbortSignal,
 ): Promise<void> {
   if (!isNewRegistration(store.current, token)) return;
-  const { publicKey, privateKey } = generateKeyPairSync("ed25519");
-  const spki = publicKey.export({ format: "der", type: "spki" }).toString("base64");
+  await reach("register.key.before");
+  const privateKey = await store.registrationKey(hashOf(token));
+  await reach("register.key.after");
+  const spki = createPublicKey(privateKey).export({ format: "der", type: "spki" }).toString("base64");
+  const proof = await proofOf(privateKey, token);
   await reach("register.request.before");
   const answer = await client
-    .register(token, { ...host, publicKey: spki }, signal)
+    .register(token, { ...host, publicKey: spki }, proof, signal)
     .catch((cause: unknown) => {
       throw failureOf(cause);
     });
@@ -59,6 +71,17 @@ export async function registerHost(
     registeredWith: hashOf(token),
   });
   await reach("register.store.after");
+  await reach("register.clear.before");
+  await store.clearRegistration();
+  await reach("register.clear.after");
+}
+
+/** Without an end: what it is good for ends with the first use of the answer. */
+function proofOf(key: KeyObject, token: string): Promise<string> {
+  return new SignJWT({ purpose: "register", token: hashOf(token) })
+    .setProtectedHeader({ alg: "EdDSA" })
+    .setAudience(CONTROL_PLANE_ISSUER)
+    .sign(key);
 }
 
 function hashOf(token: string): string {

@@ -2,7 +2,7 @@
  * What the agent's core is given: seams, limits, and the three things that a
  * simulated run replays from its seed (clock, random, timers).
  */
-import type { Failpoints } from "../failpoints/failpoints.ts";
+import type { Failpoints } from "@rookery/protocol/failpoints";
 import type { GuestNetworkDriver } from "../guest-network/guest-network.ts";
 import type { ProcessIdentity } from "../host/process.ts";
 import type { RootDiskDriver } from "../root-disk/root-disk.ts";

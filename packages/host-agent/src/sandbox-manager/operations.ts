@@ -3,7 +3,7 @@
  * holds the sandbox's queue; `signal` carries the command's deadline.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import { failpointNames } from "../failpoints/failpoints.ts";
+import { failpointNames } from "@rookery/protocol/failpoints";
 import type { SnapshotId } from "../ids.ts";
 import type { SandboxRecord, SnapshotRecord } from "../journal/records.ts";
 import type { VmExit } from "../vmm/vmm.ts";

@@ -7,7 +7,7 @@
  * each of which bears repetition.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import type { Failpoints } from "../failpoints/failpoints.ts";
+import type { Failpoints } from "@rookery/protocol/failpoints";
 import { comesFromFullDisk } from "../host/errno.ts";
 import type { Clock } from "./clock.ts";
 import type { Logger } from "./deps.ts";

@@ -2,7 +2,7 @@
 // oxlint-disable oxc/no-async-endpoint-handlers -- it is Express that does not wait for them
 import type { Services } from "../../service/services.ts";
 import { accessTokenOf, callerOf } from "../authentication.ts";
-import type { Api } from "../context.ts";
+import type { Api, ApiOptions } from "../context.ts";
 import { answerOnce } from "../idempotency.ts";
 import { renderHost, renderHostPage, renderRegistrationToken } from "../render-host.ts";
 import { NoBody, PageQuery } from "../schemas/common.ts";
@@ -96,11 +96,21 @@ export async function hostRoutes(app: Api, services: Services): Promise<void> {
   );
 }
 
-export async function hostAgentRoutes(app: Api, services: Services): Promise<void> {
+export async function hostAgentRoutes(
+  app: Api,
+  services: Services,
+  reach: ApiOptions["reach"] = () => undefined,
+): Promise<void> {
+  app.addHook("onSend", async ({ routeOptions: { config } }) => {
+    if (config.exchange !== undefined) await reach(`${config.exchange}.answer.before`);
+  });
+  app.addHook("onResponse", async ({ routeOptions: { config } }) => {
+    if (config.exchange !== undefined) await reach(`${config.exchange}.answer.after`);
+  });
   app.post(
     "/v1/hosts/register",
     {
-      config: { access: "agent", errors: ["invalid_token"] },
+      config: { access: "agent", exchange: "register-host", errors: ["invalid_token"] },
       schema: {
         tags: ["agents"],
         operationId: "registerHost",
@@ -115,6 +125,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
         address: body.address,
         certificateFingerprint: body.certificate_fingerprint,
         publicKey: body.public_key,
+        proof: body.proof,
         arch: body.arch,
         cpus: body.cpus,
         memoryMb: body.memory_mb,
@@ -135,7 +146,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
   app.post(
     "/v1/hosts/:id/heartbeat",
     {
-      config: { access: "agent", errors: ["invalid_token", "forbidden"] },
+      config: { access: "agent", exchange: "heartbeat-host", errors: ["invalid_token", "forbidden"] },
       schema: {
         tags: ["agents"],
         operationId: "heartbeat",
@@ -166,7 +177,7 @@ export async function hostAgentRoutes(app: Api, services: Services): Promise<voi
   app.post(
     "/v1/hosts/auth/refresh",
     {
-      config: { access: "agent", errors: ["invalid_token"] },
+      config: { access: "agent", exchange: "refresh-host", errors: ["invalid_token"] },
       schema: {
         tags: ["agents"],
         operationId: "refreshHostTokens",

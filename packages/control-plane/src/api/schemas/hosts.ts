@@ -91,6 +91,11 @@ export const RegisterHost = z
       .regex(/^[0-9a-f]{64}$/, "must be the SHA-256 of the certificate, 64 hex digits")
       .optional(),
     public_key: text({ min: 1, max: 1024 }).regex(/^[A-Za-z0-9+/]+={0,2}$/, "must be SPKI in base64"),
+    proof: text({ min: 1, max: 4096 })
+      .optional()
+      .describe(
+        "JWT (EdDSA) by that key: aud rookery-control-plane, purpose register, token: SHA-256 of the token, hex. With it the token may be shown again, until what it gave was used.",
+      ),
     arch: label(32),
     cpus: z.int().min(1).max(65_536),
     memory_mb: z.int().min(1),

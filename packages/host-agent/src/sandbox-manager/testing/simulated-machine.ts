@@ -9,7 +9,7 @@ import { existsSync, mkdirSync, mkdtempSync, readdirSync, writeFileSync } from "
 import { tmpdir } from "node:os";
 import { join, relative } from "node:path";
 import type { Logger } from "../deps.ts";
-import { Failpoints, type FailpointOptions } from "../../failpoints/failpoints.ts";
+import { Failpoints, type FailpointOptions } from "@rookery/protocol/failpoints";
 import type { SandboxId, SnapshotId, WarmKey } from "../../ids.ts";
 import { openSimulatedNetwork } from "../../guest-network/simulated.ts";
 import { SimulatedGuests } from "../../guest/simulated-guests.ts";

@@ -1,19 +1,18 @@
 /**
- * Failpoints: named places in the agent where a test makes it fail or die.
+ * Failpoints: named places in a program where a test makes it fail or die. Here
+ * because an exchange between two programs has them on both its sides.
  *
  * Each step of an operation has one before and one after its effect
  * (`create.thaw.before`). In production nothing is armed, and reaching one costs
- * a look into an empty map. Armed mode comes from a specification in the
- * agent's environment, from a control file that a test writes while the agent
- * runs, or from a test in the same process.
+ * a look at a flag. Armed mode comes from a specification in the program's
+ * environment, from a control file that a test writes while the program runs,
+ * or from a test in the same process.
  *
  * In armed mode every failpoint that is reached is recorded, also in a file that
  * outlives a SIGKILL, so that a test can tell "survived" from "never reached".
  */
 import { appendFileSync, readFileSync, renameSync, writeFileSync } from "node:fs";
-import { RookeryError } from "@rookery/protocol/errors";
-import { z } from "zod";
-import { isErrno } from "../host/errno.ts";
+import { RookeryError } from "./errors.ts";
 
 /** `halt` never comes back: in one process with the test, it is what a SIGKILL is to whoever comes next. */
 export type FailpointAction = "error" | "kill" | "halt";
@@ -34,7 +33,8 @@ interface Armed {
   timesLeft: number;
 }
 
-const controlSchema = z.record(z.string(), z.string());
+/** What reaches one where nothing else of failpoints is needed. */
+export type Reach = (name: string) => void | Promise<void>;
 
 export class Failpoints {
   readonly known: ReadonlySet<string>;
@@ -103,7 +103,7 @@ export class Failpoints {
     return armed.action;
   }
 
-  /** Written back before it acts: an agent that starts again after a kill finds one time fewer. */
+  /** Written back before it acts: a program that starts again after a kill finds one time fewer. */
   #takeFromControlFile(name: string): FailpointAction | undefined {
     if (this.#controlFile === undefined) return undefined;
     const control = readControlFile(this.#controlFile);
@@ -127,11 +127,12 @@ export function failpointNames(operations: Readonly<Record<string, readonly { na
   );
 }
 
+/** A test's own file, written whole. */
 function readControlFile(path: string): Record<string, string> | undefined {
   try {
-    return controlSchema.parse(JSON.parse(readFileSync(path, "utf8")));
+    return JSON.parse(readFileSync(path, "utf8")) as Record<string, string>;
   } catch (cause) {
-    if (isErrno(cause, "ENOENT")) return undefined;
+    if (cause instanceof Error && "code" in cause && cause.code === "ENOENT") return undefined;
     throw cause;
   }
 }
