@@ -14,7 +14,7 @@ import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
 import type { SandboxStatus } from "../model/sandbox.ts";
 import type { Database, Queryable } from "./database.ts";
 import { type HostEndpoint, type HostRecord, type HostScope, inScope, toEndpoint } from "./hosts.ts";
-import { loseSandboxesOfHost, stopSandboxesOfHost } from "./sandboxes-of-host.ts";
+import { endMovesOfHost, loseSandboxesOfHost, stopSandboxesOfHost } from "./sandboxes-of-host.ts";
 
 export interface HostChange {
   name?: string | undefined;
@@ -89,7 +89,8 @@ export async function contentsOfHost(db: Queryable, id: HostId, limit: number): 
     .selectFrom("sandboxes")
     .select(["id", "team_id", "status"])
     .select(sql<number>`(count(*) over ())::int`.as("count"))
-    .where("host_id", "=", id)
+    // Also what it keeps until it runs elsewhere.
+    .where((eb) => eb.or([eb("host_id", "=", id), eb("moving_from", "=", id)]))
     .where(sql<boolean>`status not in ('stopped', 'error')`)
     .orderBy("id")
     .limit(limit)
@@ -158,6 +159,7 @@ export async function deleteHost(
       const contents = await contentsOfHost(tx, id, limit);
       if (contents.sandboxCount > 0 || contents.snapshotCount > 0) return { kind: "occupied", contents };
     }
+    await endMovesOfHost(tx, id);
     const stopped = await stopSandboxesOfHost(tx, id);
     await tx.deleteFrom("snapshots").where("host_id", "=", id).where(isNowhereElse(id)).execute();
     await tx.deleteFrom("snapshot_copies").where("host_id", "=", id).execute();

@@ -162,19 +162,30 @@ export async function schedulableHosts(db: Queryable, teamId: TeamId): Promise<H
   return rows.map(toHost);
 }
 
+type HostPresence = Pick<HostRecord, "status" | "draining" | "snapshotCompat" | "storeId">;
+
 /** Undefined: not here, deleted, or never registered. */
 export async function findHostEndpoint(
   db: Queryable,
   id: HostId,
-): Promise<(HostEndpoint & { status: HostRecord["status"] }) | undefined> {
+): Promise<(HostEndpoint & HostPresence) | undefined> {
   const row = await db
     .selectFrom("hosts")
-    .select(["id", "address", "certificate_fingerprint", "epoch", "status"])
+    .select(["id", "address", "certificate_fingerprint", "epoch", "status", "draining"])
+    .select(["snapshot_compat", "store_id"])
     .where("id", "=", id)
     .where("deleted_at", "is", null)
     .executeTakeFirst();
   const endpoint = row && toEndpoint(row);
-  return endpoint && { ...endpoint, status: row.status };
+  if (!endpoint) return undefined;
+  const { status, draining, snapshot_compat: compat, store_id: storeId } = row;
+  return {
+    ...endpoint,
+    status,
+    draining,
+    snapshotCompat: compat ?? undefined,
+    storeId: storeId ?? undefined,
+  };
 }
 
 export function toEndpoint(

@@ -24,6 +24,43 @@ export async function loseSandboxesOfHost(db: Queryable, hostId: HostId): Promis
 }
 
 /**
+ * The host is deleted: what other hosts keep until it runs here is paused there;
+ * what it keeps for others is lost. Both before all the rest of the deletion.
+ */
+export async function endMovesOfHost(tx: Queryable, hostId: HostId): Promise<void> {
+  for (const status of MOVING) assert.equal(nextStatus(status, "moveBack"), "paused");
+  const moving = sql<boolean>`status in ('resuming', 'missing')`;
+  // Their hosts are locked before they are, as everywhere.
+  const { rows } = await sql<{ id: HostId }>`
+    select id from hosts where deleted_at is null and id in (
+      select moving_from from sandboxes where host_id = ${hostId} and moving_from is not null and ${moving}
+    ) order by id for share`.execute(tx);
+  if (rows.length > 0) {
+    await tx
+      .updateTable("sandboxes")
+      .set((eb) => ({
+        status: "paused",
+        status_reason: "host_deleted",
+        generation: eb("generation", "+", 1n),
+        operation_deadline: null,
+        host_id: sql<HostId>`moving_from`,
+        moving_from: null,
+      }))
+      .where("host_id", "=", hostId)
+      .where(
+        "moving_from",
+        "in",
+        rows.map(({ id }) => id),
+      )
+      .where(moving)
+      .execute();
+  }
+  await tx.updateTable("sandboxes").set({ moving_from: null }).where("moving_from", "=", hostId).execute();
+}
+
+const MOVING = ["resuming", "missing"] as const;
+
+/**
  * The host is deleted: all that lives on it is `stopped`, whatever it was at.
  * Needs a transaction that holds the host's row. Those that were stopped.
  */

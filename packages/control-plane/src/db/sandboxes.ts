@@ -27,6 +27,8 @@ export interface SandboxSummaryRecord extends SandboxSummary {
   /** Of the last command sent to its host: what the host's events bear. */
   commandGeneration: bigint;
   operationDeadline?: Date;
+  /** While `hostId` is told to bring it up: the host that keeps its paused copy until it runs there. */
+  movingFrom?: HostId;
   /** Of its envd access token. */
   tokenVersion: number;
 }
@@ -44,6 +46,7 @@ const SUMMARY = [
   "template",
   "snapshot_id",
   "host_id",
+  "moving_from",
   "vcpus",
   "memory_mb",
   "disk_mb",
@@ -116,6 +119,14 @@ function hostThatTakesMore(id: HostId) {
     where id = ${id} and status = 'online' and not draining and deleted_at is null for share`;
 }
 
+/** Its own host may drain: it only keeps what it has. */
+function hostThatTakes(event: SandboxEvent, id: HostId) {
+  if (event !== "moveBack") return hostThatTakesMore(id);
+  return sql`select id from hosts where id = ${id} and deleted_at is null for share`;
+}
+
+const MAY_BE_MOVING: ReadonlySet<SandboxStatus> = new Set(["resuming", "missing", "stopping"]);
+
 /** Why a sandbox is `missing`: its host went silent. */
 export const HOST_SILENT = "host_silent";
 
@@ -124,6 +135,8 @@ export interface MovePatch {
   /** Needed for a status of work: from now, by the database's clock. */
   deadlineMs?: number;
   hostId?: HostId | null;
+  /** Forgotten once it runs where it is, and when it ended. */
+  movingFrom?: HostId;
   startedAt?: Date | undefined;
   expiresAt?: Date | null;
   diskUsedBytes?: number | undefined;
@@ -148,7 +161,7 @@ export async function moveSandbox(
   assert(status, `${event} means nothing to a sandbox that is ${at.status}`);
   assert.equal(isWork(status), patch.deadlineMs !== undefined, `${status} needs a deadline, or has none`);
   const generation = at.generation + 1n;
-  const { hostId, startedAt, expiresAt, diskUsedBytes, error, deadlineMs } = patch;
+  const { hostId, movingFrom, startedAt, expiresAt, diskUsedBytes, error, deadlineMs } = patch;
   const commandGeneration = isWork(status) && status !== "pending" ? generation : patch.commandGeneration;
   const moved = db.with("moved", (query) =>
     query
@@ -162,6 +175,8 @@ export async function moveSandbox(
         status_reason: patch.reason ?? null,
         ...(commandGeneration !== undefined && { command_generation: commandGeneration }),
         ...(hostId !== undefined && { host_id: hostId }),
+        ...(movingFrom && { moving_from: movingFrom }),
+        ...(!MAY_BE_MOVING.has(status) && { moving_from: null }),
         ...(startedAt && { started_at: sql<Date>`coalesce(started_at, ${startedAt})` }),
         ...(expiresAt !== undefined && { expires_at: expiresAt }),
         ...(diskUsedBytes !== undefined && { disk_used_bytes: BigInt(diskUsedBytes) }),
@@ -170,7 +185,7 @@ export async function moveSandbox(
       .where("id", "=", at.id)
       .where("status", "=", at.status)
       .where("generation", "=", at.generation)
-      .where(hostId ? sql<boolean>`exists (${hostThatTakesMore(hostId)})` : sql<boolean>`true`)
+      .where(hostId ? sql<boolean>`exists (${hostThatTakes(event, hostId)})` : sql<boolean>`true`)
       .returningAll(),
   );
   const counted = isFinal(status)
@@ -388,6 +403,7 @@ function toSummary(row: Pick<Selectable<Sandboxes>, (typeof SUMMARY)[number]>): 
     template: row.template,
     snapshotId: row.snapshot_id ?? undefined,
     hostId: row.host_id ?? undefined,
+    movingFrom: row.moving_from ?? undefined,
     vcpus: row.vcpus,
     memoryMb: row.memory_mb,
     diskMb: row.disk_mb,

@@ -123,6 +123,7 @@ export interface Sandboxes {
   id: SandboxId;
   memory_mb: number;
   metadata: ColumnType<Readonly<Record<string, string>>, string, string>;
+  moving_from: HostId | null;
   on_timeout: "pause" | "destroy";
   operation_deadline: Timestamp | null;
   snapshot_id: SnapshotId | null;

@@ -11,9 +11,15 @@ import { type HostEndpoint, toEndpoint } from "./hosts.ts";
  * A host is about to fetch it. False: it may not be used any more. (Locked, so
  * that a deletion sees either this copy or nobody who fetches.)
  */
-export async function recordSnapshotCopy(db: Queryable, id: SnapshotId, hostId: HostId): Promise<boolean> {
+export async function recordSnapshotCopy(
+  db: Queryable,
+  id: SnapshotId,
+  hostId: HostId,
+  /** `creating`: one that only carries a sandbox to this host. */
+  status: "ready" | "creating" = "ready",
+): Promise<boolean> {
   const { rows } = await sql`
-    with snapshot as (select id from snapshots where id = ${id} and status = 'ready' for share),
+    with snapshot as (select id from snapshots where id = ${id} and status = ${status} for share),
     copy as (
       insert into snapshot_copies (snapshot_id, host_id) select id, ${hostId} from snapshot
       on conflict (snapshot_id, host_id) do nothing

@@ -201,6 +201,8 @@ export class HostMonitor {
           if (signal.aborted || !row) return;
           // Live rows of this host came into being since the rows were read.
           if (!isFinal(row.status) && (row.hostId === host.id || row.hostId === undefined)) return;
+          // Paused, until it runs on the host that is told to bring it up.
+          if (row.movingFrom === host.id && row.status !== "stopping") return;
           if (generation > row.generation) return;
           log.info(
             { host: host.id, sandbox: id, status: row.status },

@@ -16,9 +16,9 @@ import {
   moveSandbox,
 } from "../db/sandboxes.ts";
 import type { Clock } from "../model/clock.ts";
-import type { SandboxId } from "../model/ids.ts";
+import type { HostId, SandboxId } from "../model/ids.ts";
 import type { Log } from "../model/log.ts";
-import { isFinal } from "../model/sandbox-state.ts";
+import { isFinal, nextStatus } from "../model/sandbox-state.ts";
 import type { AgentSandbox, HostAgent } from "./host-agent.ts";
 import type { HostClientPool } from "./host-client-pool.ts";
 import { judge } from "./judge.ts";
@@ -73,14 +73,36 @@ export async function settleSandbox<Row extends SandboxSummaryRecord>(
   }
   if (verdict.kind === "at-work") return { kind: "at-work" };
   const event = verdict.kind === "destroy" ? "gone" : verdict.event;
+  if (row.movingFrom && nextStatus(row.status, "moveBack") && (event === "died" || event === "gone"))
+    return await takeBack(deps, agent, { ...row, movingFrom: row.movingFrom }, because);
   // Before a create is given up, its host has to refuse the command that may still be on its way.
   const endsFirst = verdict.kind === "destroy" || (row.status === "starting" && event === "died");
   if (endsFirst) await endSandbox(deps, agent, row);
   const error = verdict.kind === "move" && verdict.error ? (because ?? verdict.error) : undefined;
-  const moved = await moveSandbox(deps.db, row, event, { ...factsOf(seen), error });
+  const reason = row.movingFrom && event === "seenRunning" ? MOVED : undefined;
+  const moved = await moveSandbox(deps.db, row, event, { ...factsOf(seen), error, reason });
   if (!moved) return { kind: "left-alone" };
   if (isFinal(moved.status) && seen && !endsFirst) await releaseVm(deps, agent, moved);
   return { kind: "settled", row: moved };
+}
+
+/** Why a sandbox runs on another host than it was paused on. */
+const MOVED = "moved";
+
+/**
+ * It does not run on the host that was to bring it up, and never will: that host
+ * has refused the command, or ended what it had, before its copy on the former
+ * one is all that there is. Throws when that is not known to have happened.
+ */
+export async function takeBack(
+  deps: HostDeps,
+  agent: HostAgent,
+  row: SandboxSummaryRecord & { movingFrom: HostId },
+  because = { code: "host_error", message: "The resume on another host did not happen." },
+): Promise<Settled<never>> {
+  await endSandbox(deps, agent, row);
+  const moved = await moveSandbox(deps.db, row, "moveBack", { hostId: row.movingFrom, error: because });
+  return moved ? { kind: "settled", row: moved } : { kind: "left-alone" };
 }
 
 /** What a host's answer says beside the phase. */

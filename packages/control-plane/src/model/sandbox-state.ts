@@ -5,6 +5,9 @@
  * past it, any replica may settle the row. FINAL statuses have no way out.
  * `missing` is reversible: its host went silent.
  *
+ * A sandbox that is `resuming` on another host than it was paused on has a copy
+ * on the former (`movingFrom`), and goes back to it when it never came to run.
+ *
  * Events are either commands (`pause`, `resume`, `destroy`, `assign`), a host's
  * word about what is (`seen…`, `gone`, `died`), or a verdict about a host
  * (`hostLost`, `hostDeleted`). A pause that failed is `pausing` + `seenRunning`.
@@ -18,6 +21,10 @@ export type SandboxEvent =
   | "refused"
   | "pause"
   | "resume"
+  /** Another host is told to resume it. */
+  | "moveOn"
+  /** No other host has it: it is paused where it was. */
+  | "moveBack"
   | "destroy"
   | "seenRunning"
   | "seenPaused"
@@ -67,6 +74,8 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     destroy: "stopping",
   },
   resuming: {
+    moveOn: "resuming",
+    moveBack: "paused",
     seenRunning: "running",
     seenPaused: "paused",
     gone: "stopped",
@@ -76,6 +85,7 @@ export const NEXT: Record<SandboxStatus, Partial<Record<SandboxEvent, SandboxSta
     destroy: "stopping",
   },
   missing: {
+    moveBack: "paused",
     seenRunning: "running",
     seenPaused: "paused",
     gone: "stopped",

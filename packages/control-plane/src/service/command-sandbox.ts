@@ -15,6 +15,8 @@ import type { SandboxStatus } from "../model/sandbox.ts";
 import type { Deps } from "./deps.ts";
 import { noSandbox, shownError, silentHost, wrongState } from "./errors.ts";
 import { holdRow } from "./hold-row.ts";
+import type { KnownHosts } from "./known-hosts.ts";
+import { type Resumed, type Source, resumeElsewhere } from "./resume-elsewhere.ts";
 import type { Caller } from "./services.ts";
 
 interface SandboxCommand {
@@ -23,6 +25,8 @@ interface SandboxCommand {
   /** For the caller whose sandbox is in another status. */
   wanted: string;
   limitMs: number;
+  /** Before its host is told: another one may do it instead. */
+  elsewhere?(row: SandboxRecord, source: Source): Promise<Resumed>;
   call(agent: HostAgent, operation: AgentOperation): Promise<AgentSandbox>;
 }
 
@@ -36,12 +40,18 @@ export function pauseSandbox(deps: Deps, caller: Caller, id: SandboxId): Promise
   });
 }
 
-export function resumeSandbox(deps: Deps, caller: Caller, id: SandboxId): Promise<SandboxRecord> {
+export function resumeSandbox(
+  deps: Deps,
+  knownHosts: KnownHosts,
+  caller: Caller,
+  id: SandboxId,
+): Promise<SandboxRecord> {
   return commandSandbox(deps, caller, id, {
     event: "resume",
     goal: "running",
     wanted: "only a paused one can be resumed",
     limitMs: deps.options.resumeMs,
+    elsewhere: (row, source) => resumeElsewhere(deps, knownHosts, row, source),
     call: (agent, operation) => agent.resumeSandbox(operation),
   });
 }
@@ -52,21 +62,28 @@ async function commandSandbox(
   id: SandboxId,
   command: SandboxCommand,
 ): Promise<SandboxRecord> {
-  const { row, agent } = await begin(deps, caller, id, command);
-  const operation = {
-    sandboxId: id,
-    generation: row.generation,
-    deadline: new Date(deps.clock.now() + command.limitMs),
-  };
+  const begun = await begin(deps, caller, id, command);
+  const { agent } = begun;
+  let { row } = begun;
   let settled: Settled;
+  let isTold = false;
   try {
+    const resumed = await command.elsewhere?.(row, begun);
+    if (resumed?.kind === "moved") return resumed.row;
+    row = resumed?.row ?? row;
+    const operation = {
+      sandboxId: id,
+      generation: row.generation,
+      deadline: new Date(deps.clock.now() + command.limitMs),
+    };
+    isTold = true;
     const seen = await holdRow(deps, row, () => command.call(agent, operation));
     settled = await settleSandbox(deps, agent, row, seen);
   } catch (cause) {
     const after = await settleFailed(deps, agent, row, cause);
     // The answer was lost, or somebody else's command did the same: it is as the caller wants it.
     if (after?.status === command.goal) return after;
-    if (!after) await assertUnmoved(deps, caller, row);
+    if (!after && isTold) await assertUnmoved(deps, caller, row);
     throw cause;
   }
   if (settled.kind === "settled" && settled.row.status === command.goal) return settled.row;
@@ -87,7 +104,7 @@ async function begin(
   caller: Caller,
   id: SandboxId,
   command: SandboxCommand,
-): Promise<{ row: SandboxRecord; agent: HostAgent }> {
+): Promise<Source & { row: SandboxRecord }> {
   for (;;) {
     const row = await findSandbox(db, caller.teamId, id);
     if (!row) throw noSandbox();
@@ -95,7 +112,7 @@ async function begin(
     const host = row.hostId && (await findHostEndpoint(db, row.hostId));
     if (!host || host.status === "unreachable") throw silentHost();
     const moved = await moveSandbox(db, row, command.event, { deadlineMs: options.leaseMs });
-    if (moved) return { row: moved, agent: pool.agent(host) };
+    if (moved) return { row: moved, host, agent: pool.agent(host) };
   }
 }
 

@@ -14,7 +14,7 @@ import { recordSnapshotCopy } from "../db/snapshot-copies.ts";
 import { teamQuota } from "../db/teams.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import { agentOf, releaseVm, settleSandbox } from "../hosts/settle.ts";
-import type { HostId, SandboxId, TeamId } from "../model/ids.ts";
+import type { HostId, SandboxId, SnapshotId, TeamId } from "../model/ids.ts";
 import type { Sandbox } from "../model/sandbox.ts";
 import { awaitMade } from "./await-made.ts";
 import type { Deps } from "./deps.ts";
@@ -174,11 +174,15 @@ const create = (deps: Deps, agent: HostAgent, row: SandboxRecord, origin: Origin
   return await agent.createSandbox(operationOf(deps, row), specOf(deps, row, origin));
 };
 
-function operationOf({ clock, options }: Deps, { id, generation }: SandboxRecord) {
+export function operationOf({ clock, options }: Deps, { id, generation }: SandboxRecord) {
   return { sandboxId: id, generation, deadline: new Date(clock.now() + options.createMs) };
 }
 
-function specOf({ cluster }: Deps, row: SandboxRecord, { name, snapshot }: Origin) {
+export function specOf(
+  { cluster }: Deps,
+  row: SandboxRecord,
+  { name, snapshot }: { name: string; snapshot?: { id: SnapshotId } },
+) {
   const { vcpus, memoryMb, diskMb, timeoutSec, onTimeout, timeoutMode, env, teamId } = row;
   return {
     source: snapshot ? { kind: "snapshot" as const, id: snapshot.id } : { kind: "image" as const, name },

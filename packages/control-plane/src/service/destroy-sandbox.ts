@@ -5,7 +5,8 @@
  */
 import { findHostEndpoint } from "../db/hosts.ts";
 import { type SandboxRecord, findSandbox, moveSandbox } from "../db/sandboxes.ts";
-import type { SandboxId } from "../model/ids.ts";
+import { releaseVm } from "../hosts/settle.ts";
+import type { HostId, SandboxId } from "../model/ids.ts";
 import { isFinal } from "../model/sandbox-state.ts";
 import type { Deps } from "./deps.ts";
 import { noSandbox } from "./errors.ts";
@@ -35,5 +36,12 @@ async function endOnce(deps: Deps, row: SandboxRecord): Promise<boolean> {
   await holdRow(deps, stopping, () =>
     pool.agent(host).destroySandbox({ sandboxId: row.id, generation, deadline }),
   );
+  if (stopping.movingFrom) await endCopy(deps, stopping, stopping.movingFrom);
   return (await moveSandbox(db, stopping, "gone")) !== undefined;
+}
+
+/** What its former host kept; the monitor ends it when that does not answer. */
+async function endCopy(deps: Deps, row: SandboxRecord, hostId: HostId): Promise<void> {
+  const host = await findHostEndpoint(deps.db, hostId);
+  if (host?.status === "online") await releaseVm(deps, deps.pool.agent(host), row);
 }

@@ -5,7 +5,7 @@
  * does not, our row is settled and the caller told what is true.
  */
 import { RookeryError } from "@rookery/protocol/errors";
-import { findSandbox, findSandboxTarget } from "../db/sandboxes.ts";
+import { type SandboxRecord, findSandbox, findSandboxTarget } from "../db/sandboxes.ts";
 import type { HostAgent } from "../hosts/host-agent.ts";
 import { settleSandbox } from "../hosts/settle.ts";
 import type { HostEndpoint } from "../db/hosts.ts";
@@ -41,7 +41,9 @@ export class GuestCalls implements Pick<Services, "exec" | "writeFile" | "readFi
     content: AsyncIterable<Uint8Array>,
     signal: AbortSignal,
   ): Promise<void> {
-    return this.#withGuest(caller, id, (agent) => agent.writeFile(id, path, content, signal));
+    const call = (agent: HostAgent) => agent.writeFile(id, path, content, signal);
+    // What was read of `content` is gone.
+    return this.#withGuest(caller, id, call, { repeatable: false });
   }
 
   readFile(
@@ -57,7 +59,12 @@ export class GuestCalls implements Pick<Services, "exec" | "writeFile" | "readFi
     await this.#withGuest(caller, id, (agent) => agent.pingSandbox(id));
   }
 
-  async #withGuest<T>(caller: Caller, id: SandboxId, call: (agent: HostAgent) => Promise<T>): Promise<T> {
+  async #withGuest<T>(
+    caller: Caller,
+    id: SandboxId,
+    call: (agent: HostAgent) => Promise<T>,
+    { repeatable }: { repeatable: boolean } = { repeatable: true },
+  ): Promise<T> {
     const key = `${caller.teamId} ${id}`;
     let host = this.#known.get(key);
     if (!host) {
@@ -72,7 +79,11 @@ export class GuestCalls implements Pick<Services, "exec" | "writeFile" | "readFi
       if (cause.code === "host_unreachable") this.#known.delete(key);
       if (cause.code !== "wrong_state" && cause.code !== "not_found") throw cause;
       this.#known.delete(key);
-      throw await this.#explain(caller, id, agent, cause);
+      const row = await findSandbox(this.#deps.db, caller.teamId, id);
+      if (row?.status !== "running" || row.hostId === host.id) throw await this.#explain(row, agent, cause);
+      // It was resumed on another host since we looked; the former one did nothing.
+      if (repeatable) return await this.#withGuest(caller, id, call, { repeatable: false });
+      throw new RookeryError("unavailable", "The sandbox has just moved to another host; try again.");
     }
   }
 
@@ -85,15 +96,13 @@ export class GuestCalls implements Pick<Services, "exec" | "writeFile" | "readFi
   }
 
   async #explain(
-    { teamId }: Caller,
-    id: SandboxId,
+    row: SandboxRecord | undefined,
     agent: HostAgent,
     cause: RookeryError,
   ): Promise<RookeryError> {
-    const row = await findSandbox(this.#deps.db, teamId, id);
     if (!row) return noSandbox();
     if (row.status !== "running") return wrongState(row.status, WANTED);
-    const settled = await settleSandbox(this.#deps, agent, row, await agent.getSandbox(id));
+    const settled = await settleSandbox(this.#deps, agent, row, await agent.getSandbox(row.id));
     return settled.kind === "settled" && settled.row.status !== "running"
       ? wrongState(settled.row.status, WANTED)
       : cause;

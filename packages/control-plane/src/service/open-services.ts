@@ -50,7 +50,7 @@ export function openServices(given: Deps): Services {
     getSandbox: (caller, id) => getSandbox(deps, caller, id),
     updateSandbox: (caller, id, input) => updateSandbox(deps, caller, id, input),
     pauseSandbox: (caller, id) => pauseSandbox(deps, caller, id),
-    resumeSandbox: (caller, id) => resumeSandbox(deps, caller, id),
+    resumeSandbox: (caller, id) => resumeSandbox(deps, knownHosts, caller, id),
     destroySandbox: (caller, id) => destroySandbox(deps, caller, id),
     pingSandbox: (caller, id) => guests.pingSandbox(caller, id),
     listSandboxEvents: (caller, id, page) => events.list(caller, id, page),

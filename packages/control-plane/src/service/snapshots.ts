@@ -138,7 +138,7 @@ async function findSource(
 }
 
 /** What another call has finished meanwhile is that call's. */
-async function discardUnfinished(deps: Deps, id: SnapshotId): Promise<void> {
+export async function discardUnfinished(deps: Deps, id: SnapshotId): Promise<void> {
   if (await markSnapshotDeleting(deps.db, id, deps.options.leaseMs, "creating")) await forget(deps, id);
 }
 

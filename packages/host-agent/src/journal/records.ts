@@ -35,6 +35,7 @@ const generationSchema = z
   .string()
   .regex(/^-?\d{1,19}$/)
   .transform(BigInt);
+export const machineIdSchema = z.string().regex(/^[0-9a-f]{32}$/);
 const epochMs = z.number().int().nonnegative();
 
 export const lifetimeSchema = z.object({
@@ -74,7 +75,7 @@ export const sandboxRecordSchema = z.object({
   version: z.literal(1),
   spec: specSchema,
   /** Of /etc/machine-id: the same through all pauses. */
-  machineId: z.string().regex(/^[0-9a-f]{32}$/),
+  machineId: machineIdSchema,
   createdAtMs: epochMs,
   /** Boot of this host in which the record was written: VMs do not survive it. */
   bootId: z.string(),
@@ -171,6 +172,8 @@ export const snapshotRecordSchema = z.object({
   id: snapshotIdSchema,
   teamId: z.string(),
   sourceSandboxId: sandboxIdSchema,
+  /** Of its source: for the same sandbox on another host. Absent in records of older agents. */
+  machineId: machineIdSchema.optional(),
   createdAtMs: epochMs,
   warmKey: warmKeySchema,
   vcpus: z.number().int().positive(),

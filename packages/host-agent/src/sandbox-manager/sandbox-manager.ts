@@ -121,6 +121,9 @@ export class SandboxManager implements SandboxOperations {
       operation,
       async (signal, atWork) => {
         using source = await this.#sourceOf(spec, signal);
+        // Not a clone: this sandbox, which was paused on another host, goes on here.
+        const { sourceSandboxId, machineId } = source.snapshot ?? {};
+        if (sourceSandboxId === spec.id && machineId !== undefined) entry.set({ machineId });
         await atWork(() => create(core, entry, source, signal));
       },
       (error) => this.#buryFailedCreate(entry, operation, error),

@@ -92,6 +92,7 @@ const writeRecord: Step<SnapshotContext> = {
       id: snapshotId,
       teamId,
       sourceSandboxId: entry.id,
+      machineId: entry.record.machineId,
       createdAtMs: core.deps.clock.nowMs(),
       warmKey: warmKey!,
       vcpus: spec.vcpus,

@@ -77,6 +77,7 @@ export async function fetchSnapshot(
     id: snapshot.id,
     teamId: snapshot.teamId,
     sourceSandboxId: snapshot.sourceSandboxId,
+    machineId: snapshot.machineId,
     createdAtMs: snapshot.createdAtMs,
     warmKey: warm.key,
     vcpus: snapshot.vcpus,

@@ -232,6 +232,7 @@ export class StoredSnapshots implements SnapshotStore {
       id: record.id,
       teamId: record.teamId,
       sourceSandboxId: record.sourceSandboxId,
+      machineId: record.machineId,
       createdAtMs: record.createdAtMs,
       compat: this.#options.compatOf(fingerprint),
       vcpus: record.vcpus,

@@ -5,7 +5,7 @@
 import { createHash } from "node:crypto";
 import { z } from "zod";
 import type { LayerId, WarmKey } from "../ids.ts";
-import { sandboxIdSchema, snapshotIdSchema } from "../journal/records.ts";
+import { machineIdSchema, sandboxIdSchema, snapshotIdSchema } from "../journal/records.ts";
 
 const sha256 = z.string().regex(/^[0-9a-f]{64}$/);
 /** Larger than any disk or memory of ours; below what a number holds exactly. */
@@ -24,6 +24,7 @@ export const storedSnapshotSchema = z.object({
   id: snapshotIdSchema,
   teamId: z.string().min(1).max(200),
   sourceSandboxId: sandboxIdSchema,
+  machineId: machineIdSchema.optional(),
   createdAtMs: z.number().int().nonnegative(),
   compat: z.string().regex(/^[0-9a-f]{64}(-tsc\d{1,12})?$/),
   vcpus: count,

@@ -148,7 +148,11 @@ export async function sandboxRoutes(app: Api, services: Services): Promise<void>
       "Freeze it with its memory and free what it holds of the host",
       (caller, id) => services.pauseSandbox(caller, id),
     ],
-    ["resume", "Bring a paused sandbox back", (caller, id) => services.resumeSandbox(caller, id)],
+    [
+      "resume",
+      "Bring a paused sandbox back, on another host where its own drains",
+      (caller, id) => services.resumeSandbox(caller, id),
+    ],
   ] satisfies [string, string, (caller: Caller, id: SandboxId) => Promise<SandboxModel>][]) {
     app.post(
       `/v1/sandboxes/:id/${action}`,

@@ -16,7 +16,7 @@ export const SandboxEvent = z
       .string()
       .optional()
       .describe(
-        "Why, where nobody asked for it, such as expired, guest_crashed, host_silent. New ones may come.",
+        "Why, where nobody asked for it, such as expired, guest_crashed, host_silent, moved. New ones may come.",
       ),
     error: z.object({ code: z.string(), message: z.string() }).optional(),
     host_id: z.string().optional(),

@@ -19,6 +19,7 @@ const COLUMNS: Record<string, string> = {
   "hosts.team_id": "TeamId | null",
   "idempotency_keys.team_id": "TeamId",
   "sandboxes.host_id": "HostId | null",
+  "sandboxes.moving_from": "HostId | null",
   "sandboxes.id": "SandboxId",
   "sandboxes.snapshot_id": "SnapshotId | null",
   "sandboxes.team_id": "TeamId",
