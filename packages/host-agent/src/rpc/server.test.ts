@@ -1,126 +1,25 @@
 import { strict as assert } from "node:assert";
-import { generateKeyPairSync } from "node:crypto";
 import { connect as connectHttp2 } from "node:http2";
-import { Code, ConnectError, createClient } from "@connectrpc/connect";
-import type { Client } from "@connectrpc/connect";
-import { createConnectTransport } from "@connectrpc/connect-node";
-import {
-  ErrorInfoSchema,
-  HostAgentService,
-  SandboxPhase,
-  TimeoutAction,
-  TimeoutMode,
-} from "@rookery/protocol/hostagent";
-import { SignJWT, UnsecuredJWT } from "jose";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { TimeoutMode } from "@rookery/protocol/hostagent";
 import { afterEach, beforeEach, expect, test } from "vitest";
-import { EnvdClient } from "../guest/envd-client.ts";
-import { GUEST_LIMITS } from "../guest/limits.ts";
-import {
-  beginStream,
-  exitFrame,
-  lastFrame,
-  readBody,
-  startFakeEnvd,
-  startFrame,
-  stdoutFrame,
-} from "../guest/testing/fake-envd.ts";
+import { beginStream, exitFrame, lastFrame, startFakeEnvd, startFrame } from "../guest/testing/fake-envd.ts";
 import { systemClock } from "../sandbox-manager/clock.ts";
-import type { Trust } from "./auth.ts";
 import { startRpcServer } from "./server.ts";
-import type { RpcServer } from "./server.ts";
-import { fakeOperations } from "./testing/fake-operations.ts";
-import type { FakeOperations } from "./testing/fake-operations.ts";
+import { creation, ID, openRig, operation, refused, type RpcRig } from "./testing/rpc-rig.ts";
 
-const ID = "sbabcdefghijklmnopqr";
-const { publicKey, privateKey } = generateKeyPairSync("ed25519");
-const spki = publicKey.export({ format: "der", type: "spki" }).toString("base64");
-const registered: Trust = { hostId: "host-1", clusterId: "cluster-1", controlPlaneKey: spki };
-
-let trust: Trust | undefined;
-let operations: FakeOperations;
-let envd: EnvdClient;
-let ends: number;
-let server: RpcServer;
-let authorization: string;
-let client: Client<typeof HostAgentService>;
-let lines: { level: string; facts: Record<string, unknown> }[];
-
-const token = (claims: Record<string, unknown> = {}, lifeSec = 60): Promise<string> =>
-  new SignJWT({ iss: "rookery-control-plane", aud: "host-1", ...claims })
-    .setProtectedHeader({ alg: "EdDSA" })
-    .setIssuedAt()
-    .setExpirationTime(Math.floor(Date.now() / 1000) + lifeSec)
-    .sign(privateKey);
+let rig: RpcRig;
+let client: RpcRig["client"];
+let operations: RpcRig["operations"];
+let server: RpcRig["server"];
+let envd: RpcRig["envd"];
+let lines: RpcRig["lines"];
 
 beforeEach(async () => {
-  trust = registered;
-  operations = fakeOperations();
-  ends = 0;
-  envd = new EnvdClient({ ...GUEST_LIMITS, killGraceMs: 200 });
-  lines = [];
-  const log = (level: string) => (facts: object) => void lines.push({ level, facts: { ...facts } });
-  const logger = { debug: log("debug"), info: log("info"), warn: log("warn"), error: log("error") };
-  server = await startRpcServer({
-    listen: { host: "127.0.0.1", port: 0 },
-    trust: () => trust,
-    operations,
-    envd,
-    endHost: async () => void (ends += 1),
-    clock: systemClock,
-    logger,
-  });
-  authorization = `Bearer ${await token()}`;
-  client = createClient(
-    HostAgentService,
-    createConnectTransport({
-      baseUrl: `http://127.0.0.1:${server.address.port}`,
-      httpVersion: "2",
-      useBinaryFormat: true,
-      interceptors: [
-        (next) => (request) => {
-          request.header.set("authorization", authorization);
-          return next(request);
-        },
-      ],
-    }),
-  );
+  rig = await openRig();
+  ({ client, operations, server, envd, lines } = rig);
 });
-afterEach(async () => {
-  await server.close(100);
-  await envd.close();
-});
-
-const operation = (overrides: object = {}) => ({
-  sandboxId: ID,
-  generation: 1n,
-  deadlineUnixMs: BigInt(Date.now() + 60_000),
-  clusterId: "cluster-1",
-  ...overrides,
-});
-const creation = (overrides: object = {}) => ({
-  operation: operation(),
-  source: { case: "image" as const, value: "base" },
-  vcpus: 1,
-  memoryMb: 512,
-  diskMb: 4096,
-  lifetime: { timeoutSec: 300, onTimeout: TimeoutAction.PAUSE, mode: TimeoutMode.IDLE },
-  env: { A: "1" },
-  teamId: "team-abcdefghijklmnopqrst",
-  envdAccessToken: "secret-token",
-  ...overrides,
-});
-
-async function refused(call: Promise<unknown>, code: string, field?: string): Promise<ConnectError> {
-  const error = await call.then(
-    () => assert.fail("it was not refused"),
-    (cause: unknown) => cause,
-  );
-  assert(error instanceof ConnectError);
-  const [info] = error.findDetails(ErrorInfoSchema);
-  assert.equal(info?.code, code, error.message);
-  if (field !== undefined) assert.equal(info.details["field"], field);
-  return error;
-}
+afterEach(() => rig[Symbol.asyncDispose]());
 
 test("a sandbox is created from what was asked, and comes back as it is", async () => {
   const { sandbox } = await client.createSandbox(creation());
@@ -178,25 +77,6 @@ test("requests that break a rule are refused by name, and reach nobody", async (
   assert.deepEqual(operations.calls, []);
 });
 
-test("a stranger is frozen and thawed, and the host is ended, by its own cluster alone", async () => {
-  await client.createSandbox(creation());
-  const clusterId = "cluster-1";
-  const { sandbox: frozen } = await client.freezeSandbox({ sandboxId: ID, clusterId });
-  assert.deepEqual([frozen?.phase, frozen?.inMemory, frozen?.strangerForMs], [SandboxPhase.PAUSED, true, 0n]);
-  const { sandbox: thawed } = await client.thawSandbox({ sandboxId: ID, clusterId });
-  assert.deepEqual(
-    [thawed?.phase, thawed?.inMemory, thawed?.strangerForMs],
-    [SandboxPhase.RUNNING, false, undefined],
-  );
-  await client.endHost({ clusterId });
-  assert.equal(ends, 1);
-  const wrong = { sandboxId: ID, clusterId: "cluster-2" };
-  await refused(client.freezeSandbox(wrong), "forbidden");
-  await refused(client.thawSandbox(wrong), "forbidden");
-  await refused(client.endHost({ clusterId: "cluster-2" }), "forbidden");
-  assert.equal(ends, 1);
-});
-
 test("an error of the table keeps its code, its status and its facts", async () => {
   await client.createSandbox(creation());
   const error = await refused(client.resumeSandbox({ operation: operation() }), "wrong_state");
@@ -233,69 +113,7 @@ test("the log names calls and sandboxes, and no secret", async () => {
   const text = JSON.stringify(lines);
   assert.match(text, /CreateSandbox/);
   assert(text.includes(ID));
-  assert(!text.includes("secret-token") && !text.includes(authorization.slice(7)));
-});
-
-test("forged, expired, unbounded and misdirected tokens are refused", async () => {
-  const stranger = generateKeyPairSync("ed25519").privateKey;
-  const now = Math.floor(Date.now() / 1000);
-  const claims = { iss: "rookery-control-plane", aud: "host-1" };
-  const bad: Record<string, string> = {
-    forged: await new SignJWT(claims)
-      .setProtectedHeader({ alg: "EdDSA" })
-      .setIssuedAt()
-      .setExpirationTime("60s")
-      .sign(stranger),
-    expired: await token({}, -61),
-    "for another host": await token({ aud: "host-2" }),
-    "from another issuer": await token({ iss: "someone" }),
-    "without expiry": await new SignJWT(claims)
-      .setProtectedHeader({ alg: "EdDSA" })
-      .setIssuedAt()
-      .sign(privateKey),
-    "issued long ago": await token({}, 60).then(() =>
-      new SignJWT(claims)
-        .setProtectedHeader({ alg: "EdDSA" })
-        .setIssuedAt(now - 4_000)
-        .setExpirationTime(now + 60)
-        .sign(privateKey),
-    ),
-    "for another purpose": await token({ purpose: "end-host" }),
-    "alg none": new UnsecuredJWT(claims).setIssuedAt().setExpirationTime("60s").encode(),
-    "alg HS256 with the public key": await new SignJWT(claims)
-      .setProtectedHeader({ alg: "HS256" })
-      .setIssuedAt()
-      .setExpirationTime("60s")
-      .sign(Buffer.from(spki)),
-  };
-  for (const [name, text] of Object.entries(bad)) {
-    authorization = `Bearer ${text}`;
-    const error = await client.getSandbox({ sandboxId: ID }).then(
-      () => assert.fail(`a token ${name} was taken`),
-      (cause: unknown) => cause,
-    );
-    assert(error instanceof ConnectError && error.code === Code.Unauthenticated, name);
-  }
-  authorization = "Basic abc";
-  await refused(client.getSandbox({ sandboxId: ID }), "unauthenticated");
-  assert.deepEqual(operations.calls, []);
-});
-
-test("a token that expired within the leeway still counts", async () => {
-  authorization = `Bearer ${await token({}, -30)}`;
-  await refused(client.getSandbox({ sandboxId: ID }), "not_found");
-});
-
-test("before registration nobody may command, and after a change of key only its owner", async () => {
-  trust = undefined;
-  await refused(client.getSandbox({ sandboxId: ID }), "unauthenticated");
-  trust = registered;
-  await refused(client.getSandbox({ sandboxId: ID }), "not_found");
-  const other = generateKeyPairSync("ed25519")
-    .publicKey.export({ format: "der", type: "spki" })
-    .toString("base64");
-  trust = { ...registered, controlPlaneKey: other };
-  await refused(client.getSandbox({ sandboxId: ID }), "invalid_token");
+  assert(!text.includes("secret-token") && !text.includes(rig.authorization.slice(7)));
 });
 
 test("a message past the bound is refused before it is read", async () => {
@@ -307,126 +125,6 @@ test("a message past the bound is refused before it is read", async () => {
       (error: unknown) => ConnectError.from(error),
     );
   assert.equal(error.code, Code.ResourceExhausted);
-});
-
-test("commands reach the guest and their answer comes back", async () => {
-  await using fake = await startFakeEnvd({
-    "POST /process.Process/Start": (_request, response) => {
-      beginStream(response);
-      response.end(Buffer.concat([startFrame(7), stdoutFrame(Buffer.from("hi")), exitFrame(2), lastFrame()]));
-    },
-  });
-  await client.createSandbox(creation());
-  await refused(client.exec({ sandboxId: ID, command: { cmd: "x" } }), "wrong_state");
-  operations.envd = fake.target;
-  const answer = await client.exec({ sandboxId: ID, command: { cmd: "x" } });
-  assert.equal(Buffer.from(answer.stdout).toString(), "hi");
-  assert.equal(answer.exitCode, 2);
-  assert.equal(answer.signal, undefined);
-
-  const kinds: (string | undefined)[] = [];
-  for await (const { event } of client.execStream({ sandboxId: ID, command: { cmd: "x" } }))
-    kinds.push(event.case);
-  assert.deepEqual(kinds, ["start", "stdout", "end"]);
-  await refused(client.exec({ sandboxId: ID, command: { cmd: "" } }), "invalid_request", "command.cmd");
-  await refused(
-    client.exec({ sandboxId: ID, command: { cmd: "x", args: ["\0"] } }),
-    "invalid_request",
-    "command.args",
-  );
-  await refused(
-    client.exec({ sandboxId: ID, command: { cmd: "x", user: "a:b" } }),
-    "invalid_request",
-    "command.user",
-  );
-  await refused(client.exec({ sandboxId: ID, command: { cmd: "x", cwd: "\0" } }), "invalid_path");
-});
-
-test("a caller who leaves a stream ends the command and the use of the guest", async () => {
-  let killed = false;
-  await using fake = await startFakeEnvd({
-    "POST /process.Process/Start": (_request, response) => {
-      beginStream(response);
-      response.write(startFrame(7));
-    },
-    "POST /process.Process/SendSignal": (_request, response) => {
-      killed = true;
-      response.writeHead(200, { "content-type": "application/proto" }).end();
-    },
-  });
-  await client.createSandbox(creation());
-  operations.envd = fake.target;
-  const abort = new AbortController();
-  const stream = client.execStream({ sandboxId: ID, command: { cmd: "x" } }, { signal: abort.signal });
-  await assert.rejects(async () => {
-    for await (const { event } of stream) if (event.case === "start") abort.abort();
-  });
-  await expect.poll(() => killed).toBe(true);
-  await expect.poll(() => operations.uses).toBe(0);
-});
-
-test("a VM that ends under a call is a guest_error", async () => {
-  await using fake = await startFakeEnvd({
-    "POST /process.Process/Start": (_request, response) => {
-      beginStream(response);
-      response.write(startFrame(7));
-      setImmediate(() => operations.vm.abort());
-    },
-  });
-  await client.createSandbox(creation());
-  operations.envd = fake.target;
-  await refused(client.exec({ sandboxId: ID, command: { cmd: "x" } }), "guest_error");
-});
-
-// Megabytes through four programs: on a busy machine that takes seconds.
-test("a file goes to the guest and comes back, byte for byte", async () => {
-  let stored: Buffer = Buffer.alloc(0);
-  await using fake = await startFakeEnvd({
-    "POST /files": async (request, response) => {
-      stored = await readBody(request);
-      response.end("[]");
-    },
-    "GET /files": (_request, response) =>
-      void response.writeHead(200, { "content-length": String(stored.byteLength) }).end(stored),
-  });
-  await client.createSandbox(creation());
-  operations.envd = fake.target;
-  const pieces = Array.from({ length: 5 }, (_, i) => Buffer.alloc(1 << 20, i));
-  async function* upload() {
-    yield { part: { case: "start" as const, value: { sandboxId: ID, path: "/f" } } };
-    for (const piece of pieces) yield { part: { case: "chunk" as const, value: piece } };
-  }
-  assert.equal((await client.writeFile(upload())).sizeBytes, BigInt(5 << 20));
-  assert(stored.equals(Buffer.concat(pieces)));
-  const back: Uint8Array[] = [];
-  let size: bigint | undefined;
-  for await (const { sizeBytes, chunk } of client.readFile({ sandboxId: ID, path: "/f" })) {
-    size ??= sizeBytes;
-    back.push(chunk);
-  }
-  assert.equal(size, BigInt(5 << 20));
-  assert(Buffer.concat(back).equals(stored));
-  assert.equal(operations.uses, 0);
-}, 60_000);
-
-test("an upload without a name, or with a second one, is refused", async () => {
-  async function* nameless() {
-    yield { part: { case: "chunk" as const, value: new Uint8Array(1) } };
-  }
-  await refused(client.writeFile(nameless()), "invalid_request");
-  await using fake = await startFakeEnvd({
-    "POST /files": async (request, response) => {
-      await readBody(request);
-      response.end("[]");
-    },
-  });
-  await client.createSandbox(creation());
-  operations.envd = fake.target;
-  async function* twice() {
-    yield { part: { case: "start" as const, value: { sandboxId: ID, path: "/f" } } };
-    yield { part: { case: "start" as const, value: { sandboxId: ID, path: "/g" } } };
-  }
-  await refused(client.writeFile(twice()), "invalid_request");
 });
 
 test("events come after a number, with the log's id first, and follow until the caller leaves", async () => {
@@ -491,7 +189,7 @@ test("without TLS, an address that others can reach is refused", async () => {
     await assert.rejects(
       startRpcServer({
         listen: { host, port: 0 },
-        trust: () => trust,
+        trust: () => rig.trust,
         operations,
         envd,
         endHost: async () => undefined,
