@@ -1,7 +1,7 @@
 import { strict as assert } from "node:assert";
 import { connect as connectHttp2 } from "node:http2";
 import { Code, ConnectError } from "@connectrpc/connect";
-import { TimeoutMode } from "@rookery/protocol/hostagent";
+import { ErrorInfoSchema, TimeoutMode } from "@rookery/protocol/hostagent";
 import { afterEach, beforeEach, expect, test } from "vitest";
 import { beginStream, exitFrame, lastFrame, startFakeEnvd, startFrame } from "../guest/testing/fake-envd.ts";
 import { systemClock } from "../sandbox-manager/clock.ts";
