@@ -19,6 +19,8 @@ export interface RunResult {
   settledMs: number;
   answers: number;
   unanswered: number;
+  /** That callers know of. */
+  sandboxes: number;
   /** What guests wrote down and were asked about: none of it would be a suite that looks away. */
   notes: number;
 }
@@ -59,6 +61,7 @@ export async function runSeed(options: {
     settledMs: Math.round(settledMs),
     answers: history.answers,
     unanswered: history.unanswered,
+    sandboxes: history.sandboxes.length,
     notes: [...history.written.values()].reduce((sum, notes) => sum + notes.size, 0),
   };
 }

@@ -10,16 +10,10 @@
  */
 import { execFile, execFileSync } from "node:child_process";
 import { promisify } from "node:util";
+import type { Path } from "./paths.ts";
 import type { Node } from "./topology.ts";
 
 const exec = promisify(execFile);
-
-/** Both ends of what is troubled, by address; `port` is the listener's. */
-export interface Path {
-  client: string;
-  server: string;
-  port: number;
-}
 
 export type Trouble = { paths: readonly Path[] } & (
   | { kind: "cut" }

@@ -8,13 +8,14 @@
 import { execFileSync } from "node:child_process";
 import { once } from "node:events";
 import { readFileSync } from "node:fs";
-import { type IncomingMessage, request as httpRequest } from "node:http";
+import type { IncomingMessage } from "node:http";
 import { type Server, createServer } from "node:https";
 import { join } from "node:path";
 import { z } from "zod";
 import { CredentialWatch } from "../in-process/credentials.ts";
 import type { Random } from "../random.ts";
 import type { ApiAnswer } from "../world.ts";
+import { httpCall, readText } from "./http-call.ts";
 import { API_PORT, FRONT_DOOR_PORT } from "./settings.ts";
 import type { Topology } from "./topology.ts";
 
@@ -89,11 +90,13 @@ export class FrontDoor implements AsyncDisposable {
       const path = request.url ?? "";
       const replica = this.#random.between(0, this.#topology.replicas.length - 1);
       const deliver = () =>
-        send({
-          address: this.#topology.replicas[replica]!.address,
+        httpCall({
+          host: this.#topology.replicas[replica]!.address,
+          port: API_PORT,
           localAddress: this.#topology.doors[host]!,
+          method: "POST",
           path,
-          authorization: request.headers.authorization,
+          headers: { authorization: request.headers.authorization },
           text,
           patienceMs: this.#patienceMs,
         });
@@ -118,51 +121,4 @@ export class FrontDoor implements AsyncDisposable {
     }
     return await deliver();
   }
-}
-
-interface Message {
-  address: string;
-  localAddress: string;
-  path: string;
-  authorization: string | undefined;
-  text: string;
-  patienceMs: number;
-}
-
-async function send({
-  address,
-  localAddress,
-  path,
-  authorization,
-  text,
-  patienceMs,
-}: Message): Promise<ApiAnswer> {
-  const headers = {
-    "content-type": "application/json",
-    "content-length": Buffer.byteLength(text),
-    ...(authorization !== undefined && { authorization }),
-  };
-  const signal = AbortSignal.timeout(patienceMs);
-  const way = {
-    host: address,
-    port: API_PORT,
-    localAddress,
-    method: "POST",
-    path,
-    headers,
-    signal,
-    agent: false,
-  };
-  const sending = httpRequest(way);
-  const answered = once(sending, "response") as Promise<[IncomingMessage]>;
-  sending.end(text);
-  const [response] = await answered;
-  const body = await readText(response);
-  return { status: response.statusCode ?? 502, body: body === "" ? undefined : JSON.parse(body) };
-}
-
-export async function readText(stream: AsyncIterable<unknown>): Promise<string> {
-  const parts: Buffer[] = [];
-  for await (const part of stream) parts.push(part as Buffer);
-  return Buffer.concat(parts).toString("utf8");
 }

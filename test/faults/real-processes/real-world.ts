@@ -3,22 +3,23 @@
  * each in a network namespace of its own, on a PostgreSQL server of the run's.
  * Callers and the front door are this process.
  */
-import { once } from "node:events";
 import { mkdirSync, readFileSync, rmSync } from "node:fs";
-import { type IncomingMessage, request as httpRequest } from "node:http";
 import { join } from "node:path";
 import { setTimeout as sleep } from "node:timers/promises";
 import { z } from "zod";
 import type { Log } from "../in-process/log.ts";
 import type { Random } from "../random.ts";
-import type { Direction, Fault, Schedule } from "../schedule.ts";
+import type { Fault, Schedule } from "../schedule.ts";
 import { type ApiAnswer, type ApiRequest, NoAnswer, type Observed, type World } from "../world.ts";
 import { type DatabaseTemplate, DatabaseServer } from "./database-server.ts";
-import { Filters, type Path } from "./filters.ts";
-import { type Authority, FrontDoor, readText } from "./front-door.ts";
+import { Filters } from "./filters.ts";
+import { type Authority, FrontDoor } from "./front-door.ts";
+import { type HostFault, beginHostFault } from "./host-faults.ts";
+import { httpCall } from "./http-call.ts";
+import { type Path, callerPaths, databasePaths, hostPaths } from "./paths.ts";
 import { RealHost } from "./real-host.ts";
 import { type RealReplica, openReplica } from "./real-replica.ts";
-import { AGENT_PORT, API_PORT, DATABASE_PORT, FRONT_DOOR_PORT } from "./settings.ts";
+import { API_PORT } from "./settings.ts";
 import { type Topology, makeTopology, removeTopology } from "./topology.ts";
 
 /** What all runs of one enclosure share. */
@@ -49,10 +50,9 @@ const REGISTRATION_LIMIT_MS = 20_000;
 const DATABASE_CUT_MS = 20;
 /** The theft shows when the host next renews its token, if it was one that still counted. */
 const THEFT_SHOWS_MS = 3_000;
-/** Of an arming that makes effects fail now and then. */
-const TROUBLED_STEPS = 120;
 
 const madeHost = z.object({ host: z.object({ id: z.string() }), registration_token: z.string() });
+const madeSandbox = z.object({ id: z.string() });
 const hostStatus = z.object({ status: z.string() });
 const bootstrapped = z.object({ api_key: z.string() });
 
@@ -189,6 +189,22 @@ export class RealWorld implements World {
         host.endRegistration();
       }),
     );
+    await this.#warmUp();
+  }
+
+  /** Each host's first sandbox boots its warm image, which takes longer than a run has. */
+  async #warmUp(): Promise<void> {
+    const made = this.#hosts.map(async () => {
+      const { body } = await this.call(0, {
+        method: "POST",
+        path: "/v1/sandboxes",
+        body: { timeout_sec: 0 },
+      });
+      const { id } = madeSandbox.parse(body);
+      await this.#must(204, { method: "DELETE", path: `/v1/sandboxes/${id}` });
+    });
+    // Where the machine is too busy for that, the run's own creates find it half done.
+    await Promise.allSettled(made);
   }
 
   async call(replica: number, request: ApiRequest): Promise<ApiAnswer> {
@@ -201,16 +217,19 @@ export class RealWorld implements World {
     switch (fault.kind) {
       case "cut":
         return this.#during(
-          this.#filters.begin({ kind: "cut", paths: this.#pathsOf(fault) }, this.#paced(fault.ms)),
+          this.#filters.begin(
+            { kind: "cut", paths: hostPaths(this.#topology, fault) },
+            this.#paced(fault.ms),
+          ),
         );
       case "silence": {
         // Half-open links are the harder ones: one side goes on to believe in the other.
         const lost = this.#random.pick(["requests", "answers", "both"] as const);
-        const silence = { kind: "silence", paths: this.#pathsOf(fault), lost } as const;
+        const silence = { kind: "silence", paths: hostPaths(this.#topology, fault), lost } as const;
         return this.#during(this.#filters.begin(silence, this.#paced(fault.ms)));
       }
       case "loss": {
-        const paths = this.#pathsOf({ host: fault.host, direction: "both" });
+        const paths = hostPaths(this.#topology, { host: fault.host, direction: "both" });
         const ms = this.#paced(fault.ms);
         this.#during(this.#filters.begin({ kind: "loss", paths, share: fault.share }, ms));
         if (fault.delayMs > 0) {
@@ -221,8 +240,7 @@ export class RealWorld implements World {
         return undefined;
       }
       case "caller-loss": {
-        const { callers: client, replicas } = this.#topology;
-        const paths = replicas.map(({ address: server }) => ({ client, server, port: API_PORT }));
+        const paths = callerPaths(this.#topology);
         return this.#during(
           this.#filters.begin({ kind: "loss", paths, share: fault.share }, this.#paced(fault.ms)),
         );
@@ -240,58 +258,19 @@ export class RealWorld implements World {
     }
   }
 
-  #injectHost(fault: Extract<Fault, { host: number }>, host: RealHost): void {
-    const { program } = host;
-    const during = (begin: () => void, ms: number, end: () => void): void =>
-      this.#during(
-        (async () => {
-          begin();
-          await this.#pass(this.#paced(ms));
-          end();
-        })(),
-      );
-    switch (fault.kind) {
-      case "agent-crash":
-        if (fault.failpoint === undefined) return this.#during(program.crash(this.#paced(fault.downMs)));
-        program.whenKilledStayDown(this.#paced(fault.downMs));
-        return host.arm([fault.failpoint], "kill", 1);
-      case "agent-stall":
-        return this.#during(program.stall(this.#paced(fault.ms)));
-      case "host-reboot":
-        return this.#during(program.crash(this.#paced(fault.downMs), () => host.endAllVms()));
-      case "clock-skew":
-        return during(
-          () => host.setClock(fault.skewMs),
-          fault.ms,
-          () => host.setClock(0),
-        );
-      case "disk-full":
-        return during(
-          () => host.fillDisk(),
-          fault.ms,
-          () => host.emptyDisk(),
-        );
-      case "trouble": {
-        const steps = Array.from({ length: Math.ceil(TROUBLED_STEPS * fault.share) }, () =>
-          this.#random.next(),
-        );
-        return during(
-          () => host.arm(steps, "error", 1),
-          fault.ms,
-          () => host.disarm(),
-        );
-      }
-      case "step-fails":
-        return host.arm([fault.failpoint], "error", fault.times);
-      case "guest-crash":
-        return this.#crashGuest(host, fault.guest);
-      case "slow":
-        return this.#during(this.#stutter(host, fault));
-      case "stolen-token":
-        return this.#during(this.#steal(fault.host));
-      default:
-        return undefined;
-    }
+  #injectHost(
+    fault: HostFault | Extract<Fault, { kind: "guest-crash" | "stolen-token" }>,
+    host: RealHost,
+  ): void {
+    if (fault.kind === "guest-crash") return this.#crashGuest(host, fault.guest);
+    if (fault.kind === "stolen-token") return this.#during(this.#steal(fault.host));
+    return beginHostFault(fault, host, {
+      random: this.#random,
+      paced: (ms) => this.#paced(ms),
+      pass: (ms) => this.#pass(ms),
+      isHealing: () => this.#healing.signal.aborted,
+      during: (work) => this.#during(work),
+    });
   }
 
   async heal(): Promise<void> {
@@ -350,23 +329,10 @@ export class RealWorld implements World {
     return ms * this.#pace;
   }
 
-  #pathsOf({ host, replica, direction }: { host: number; replica?: number; direction: Direction }): Path[] {
-    const { hosts, replicas, doors, center } = this.#topology;
-    const server = hosts[host]!.address;
-    const concerned = replica === undefined ? replicas : [replicas[replica]!];
-    const commands = concerned.map(({ address: client }) => ({ client, server, port: AGENT_PORT }));
-    const heartbeats =
-      replica === undefined
-        ? [{ client: server, server: center, port: FRONT_DOOR_PORT }]
-        : [{ client: doors[host]!, server: replicas[replica]!.address, port: API_PORT }];
-    return [...(direction === "heartbeats" ? [] : commands), ...(direction === "commands" ? [] : heartbeats)];
-  }
-
+  /** Of all replicas, or of one alone. */
   #databasePaths(): Path[] {
-    const { replicas, center: server } = this.#topology;
-    // Of all replicas, or of one alone.
-    const concerned = this.#random.chance(0.5) ? replicas : [this.#random.pick(replicas)];
-    return concerned.map(({ address: client }) => ({ client, server, port: DATABASE_PORT }));
+    const { replicas } = this.#topology;
+    return databasePaths(this.#topology, this.#random.chance(0.5) ? replicas : [this.#random.pick(replicas)]);
   }
 
   async #loseDatabase(ms: number): Promise<void> {
@@ -381,15 +347,6 @@ export class RealWorld implements World {
     if (this.#random.chance(0.5)) await this.#database.breakConnections();
     else
       await this.#filters.begin({ kind: "cut", paths: this.#databasePaths() }, this.#paced(DATABASE_CUT_MS));
-  }
-
-  /** It gets along only in small steps. */
-  async #stutter({ program }: RealHost, { delayMs, ms }: { delayMs: number; ms: number }): Promise<void> {
-    const endAt = performance.now() + this.#paced(ms);
-    while (performance.now() < endAt && !this.#healing.signal.aborted) {
-      await program.stall(this.#paced(delayMs));
-      await this.#pass(this.#paced(delayMs) / 2);
-    }
   }
 
   #crashGuest(host: RealHost, choice: number): void {
@@ -462,46 +419,29 @@ export class RealWorld implements World {
     return answer;
   }
 
+  async #send(replica: number, request: ApiRequest, headers: Record<string, string>): Promise<ApiAnswer> {
+    const { method, path, body, idempotencyKey } = request;
+    try {
+      return await httpCall({
+        host: this.#topology.replicas[replica]!.address,
+        port: API_PORT,
+        localAddress: this.#topology.callers,
+        method,
+        path,
+        headers: { ...headers, "idempotency-key": idempotencyKey },
+        text: body === undefined ? "" : JSON.stringify(body),
+        patienceMs: this.#paced(CALLER_PATIENCE_MS),
+      });
+    } catch (cause) {
+      throw new NoAnswer("no answer came", { cause });
+    }
+  }
+
   async #until(what: string, condition: () => Promise<boolean>): Promise<void> {
     const giveUpAt = performance.now() + START_LIMIT_MS;
     while (!(await condition())) {
       if (performance.now() > giveUpAt) throw new Error(`not in ${START_LIMIT_MS / 1_000} s: ${what}`);
       await sleep(LOOK_AGAIN_MS);
-    }
-  }
-
-  /** One connection for each request, so that each meets the network as it is now. */
-  async #send(replica: number, request: ApiRequest, headers: Record<string, string>): Promise<ApiAnswer> {
-    const text = request.body === undefined ? "" : JSON.stringify(request.body);
-    const signal = AbortSignal.timeout(this.#paced(CALLER_PATIENCE_MS));
-    try {
-      const sending = httpRequest({
-        host: this.#topology.replicas[replica]!.address,
-        port: API_PORT,
-        localAddress: this.#topology.callers,
-        method: request.method,
-        path: request.path,
-        signal,
-        agent: false,
-        headers: {
-          ...headers,
-          ...(text !== "" && {
-            "content-type": "application/json",
-            "content-length": Buffer.byteLength(text),
-          }),
-          ...(request.idempotencyKey !== undefined && { "idempotency-key": request.idempotencyKey }),
-        },
-      });
-      const answered = once(sending, "response") as Promise<[IncomingMessage]>;
-      sending.end(text);
-      const [response] = await answered;
-      const body = await readText(response);
-      return {
-        status: response.statusCode ?? 0,
-        body: body === "" ? undefined : (JSON.parse(body) as unknown),
-      };
-    } catch (cause) {
-      throw new NoAnswer("no answer came", { cause });
     }
   }
 }
