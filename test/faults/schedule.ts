@@ -59,7 +59,9 @@ export type Fault =
   | { kind: "guest-crash"; host: number; guest: Choice }
   | { kind: "slow"; host: number; delayMs: number; ms: number }
   /** Somebody shows a refresh token that the host had before. */
-  | { kind: "stolen-token"; host: number };
+  | { kind: "stolen-token"; host: number }
+  /** Of its next `keep` commands a copy comes after newer ones; the first `lose` come in no other way. */
+  | { kind: "late-commands"; host: number; keep: number; lose: number };
 
 export type FaultKind = Fault["kind"];
 
@@ -95,6 +97,7 @@ const FAULT_WEIGHTS: Readonly<Record<FaultKind, number>> = {
   "guest-crash": 3,
   slow: 2,
   "stolen-token": 1,
+  "late-commands": 3,
 };
 
 const OPERATION_WEIGHTS: Readonly<Record<Operation["kind"], number>> = {
@@ -226,6 +229,8 @@ function makeFault(kind: FaultKind, world: { hosts: number; replicas: number; ra
       return { kind, host, delayMs: random.pick([30, 200]), ms };
     case "stolen-token":
       return { kind, host };
+    case "late-commands":
+      return { kind, host, keep: random.pick([4, 12]), lose: random.pick([0, 0, 1]) };
     default:
       return kind satisfies never;
   }

@@ -11,6 +11,12 @@ import type {
 export class GenerationWatch {
   readonly violations: string[] = [];
   readonly #newest = new Map<string, bigint>();
+  readonly #onDone: (sandboxId: string, generation: bigint) => void;
+
+  /** `onDone`: whenever one was carried out. */
+  constructor(onDone: (sandboxId: string, generation: bigint) => void) {
+    this.#onDone = onDone;
+  }
 
   /** The same operations, watched. */
   around(operations: SandboxOperations): SandboxOperations {
@@ -25,6 +31,7 @@ export class GenerationWatch {
         const result = await work(...args);
         if (generation < before) this.violations.push(`${what} of ${id}: ${generation} after ${before}`);
         if (generation > (this.#newest.get(id) ?? 0n)) this.#newest.set(id, generation);
+        this.#onDone(id, generation);
         return result;
       };
     };

@@ -37,6 +37,7 @@ import { memoryProcessTable } from "../../../packages/host-agent/src/vmm/simulat
 import type { Random } from "../random.ts";
 import type { MachineFacts } from "../world.ts";
 import { GenerationWatch } from "./generations.ts";
+import { LateCommands } from "./late-commands.ts";
 import { leaksOf } from "./leaks.ts";
 import { Life, never } from "./life.ts";
 import type { Log } from "./log.ts";
@@ -90,7 +91,10 @@ export class SimulatedHost {
   delayMs = 0;
   /** Called when a failpoint that was to end the agent is reached. */
   onFailpoint: (() => void) | undefined;
-  readonly generations = new GenerationWatch();
+  readonly lateCommands = new LateCommands();
+  readonly generations = new GenerationWatch((sandboxId, generation) =>
+    this.lateCommands.arriveAfter(sandboxId, generation),
+  );
   /** Refresh tokens that it had, oldest first. */
   readonly refreshTokens: string[] = [];
 

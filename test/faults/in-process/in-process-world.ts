@@ -196,6 +196,8 @@ export class InProcessWorld implements World {
         return this.#after(fault.ms, () => (host.delayMs = 0));
       case "stolen-token":
         return this.#steal(host);
+      case "late-commands":
+        return host.lateCommands.begin(fault);
       default:
         return undefined;
     }
@@ -213,6 +215,7 @@ export class InProcessWorld implements World {
       host.disarm();
     }
     await this.#network.heal();
+    await Promise.all(this.#hosts.map(({ lateCommands }) => lateCommands.end()));
     while (this.#returning.size > 0) await Promise.all(this.#returning);
     await Promise.all(this.#replicas.map((replica) => replica.start()));
     await Promise.all(this.#hosts.map((host) => this.#startHost(host)));
@@ -231,6 +234,7 @@ export class InProcessWorld implements World {
     for (const timer of this.#timers) clearTimeout(timer);
     this.#database.comeBack();
     await this.#network.heal();
+    await Promise.all(this.#hosts.map(({ lateCommands }) => lateCommands.end()));
     await Promise.all(this.#hosts.map((host) => host.crash()));
     await Promise.all(this.#returning);
     await Promise.all(this.#replicas.map((replica) => replica.crash()));

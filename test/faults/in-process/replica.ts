@@ -167,7 +167,14 @@ export class Replica {
         const link = { host: host.index, replica: index, way: "commands" as const };
         const ends = [gone.signal, life.signal, ...(request.signal === undefined ? [] : [request.signal])];
         const signal = AbortSignal.any(ends);
-        const answered = network.carry(link, () => host.serve({ ...request, signal }), broken);
+        const body = await gather(request.body ?? []);
+        const deliver = (until: AbortSignal) =>
+          host.serve({ ...request, body: onceMore(body), signal: until });
+        const isLost = host.lateCommands.keep(request.url, body, async () =>
+          drain((await deliver(new AbortController().signal)).body),
+        );
+        if (isLost) throw broken("ECONNRESET");
+        const answered = network.carry(link, () => deliver(signal), broken);
         const answer = await life.hear(orAborted(signal, answered));
         return { ...answer, body: throughNetwork(answer.body, { network, link, life }) };
       };
@@ -192,6 +199,20 @@ function broken(code: string): Error {
   return new ConnectError(`the connection failed: ${code}`, Code.Unavailable, undefined, undefined, {
     code,
   });
+}
+
+async function gather(body: AsyncIterable<Uint8Array> | []): Promise<Buffer> {
+  const parts: Uint8Array[] = [];
+  for await (const part of body) parts.push(part);
+  return Buffer.concat(parts);
+}
+
+async function* onceMore(body: Uint8Array): AsyncGenerator<Uint8Array> {
+  yield body;
+}
+
+async function drain(body: AsyncIterable<Uint8Array>): Promise<void> {
+  for await (const _ of body);
 }
 
 async function* throughNetwork(
