@@ -22,7 +22,7 @@ export async function play(world: World, schedule: Schedule, history: History): 
     }
     while (underWay.size >= schedule.inFlight) await Promise.race(underWay);
     const { operation } = step;
-    const caller = new Caller(world, schedule.replicas, history);
+    const caller = new Caller(world, schedule, history);
     const done = caller.perform(operation, String(index)).finally(() => underWay.delete(done));
     underWay.add(done);
   }
@@ -32,11 +32,13 @@ export async function play(world: World, schedule: Schedule, history: History): 
 export class Caller {
   readonly #world: World;
   readonly #replicas: number;
+  readonly #focus: number;
   readonly #history: History;
 
-  constructor(world: World, replicas: number, history: History) {
+  constructor(world: World, { replicas, focus }: Pick<Schedule, "replicas" | "focus">, history: History) {
     this.#world = world;
     this.#replicas = replicas;
+    this.#focus = focus;
     this.#history = history;
   }
 
@@ -79,7 +81,7 @@ export class Caller {
         return;
       }
       default: {
-        const id = choose(history.sandboxes.slice(-40), operation.sandbox);
+        const id = choose(history.sandboxes.slice(-this.#focus), operation.sandbox);
         if (id !== undefined) await this.#onSandbox(operation, id, tag);
       }
     }

@@ -6,7 +6,7 @@ import { type Violation, judge } from "./oracle.ts";
 import { play } from "./player.ts";
 import { Random } from "./random.ts";
 import { type Schedule, makeSchedule } from "./schedule.ts";
-import type { ApiAnswer, ApiRequest, World } from "./world.ts";
+import { type ApiAnswer, type ApiRequest, NoAnswer, type World } from "./world.ts";
 
 export interface RunResult {
   seed: number;
@@ -112,7 +112,7 @@ async function finish(world: World, history: History, pace: number): Promise<Vio
 async function resumeSurely(world: World, id: string, pace: number): Promise<ApiAnswer | undefined> {
   const giveUpAt = performance.now() + SETTLE_LIMIT_MS * pace;
   for (;;) {
-    const answer = await world.call(0, { method: "POST", path: `/v1/sandboxes/${id}/resume` });
+    const answer = await callSurely(world, { method: "POST", path: `/v1/sandboxes/${id}/resume` });
     if (answer.status === 200) return undefined;
     // The answer may have been late on a busy machine, and another look done the rest.
     const { sandboxes } = await world.observe();
@@ -122,11 +122,21 @@ async function resumeSurely(world: World, id: string, pace: number): Promise<Api
   }
 }
 
+/** A caller who gave up may ask again. */
+async function callSurely(world: World, request: ApiRequest): Promise<ApiAnswer> {
+  try {
+    return await world.call(0, request);
+  } catch (cause) {
+    if (!(cause instanceof NoAnswer)) throw cause;
+    return { status: 504, body: cause.message };
+  }
+}
+
 /** Again while the answer is that it may be tried again: a busy machine is slow. */
 async function insistOn(world: World, request: ApiRequest, pace: number): Promise<ApiAnswer> {
   const giveUpAt = performance.now() + SETTLE_LIMIT_MS * pace;
   for (;;) {
-    const answer = await world.call(0, request);
+    const answer = await callSurely(world, request);
     if (answer.status < 500 || performance.now() > giveUpAt) return answer;
     await sleep(LOOK_AGAIN_MS * pace);
   }

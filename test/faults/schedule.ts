@@ -60,8 +60,12 @@ export type Fault =
   | { kind: "slow"; host: number; delayMs: number; ms: number }
   /** Somebody shows a refresh token that the host had before. */
   | { kind: "stolen-token"; host: number }
-  /** Of its next `keep` commands a copy comes after newer ones; the first `lose` come in no other way. */
-  | { kind: "late-commands"; host: number; keep: number; lose: number };
+  /**
+   * Of its next commands copies come after newer ones (`keep` of those that can be
+   * obeyed again); the first `lose` come in no other way. Meanwhile its clock is
+   * behind, so that no deadline keeps them off.
+   */
+  | { kind: "late-commands"; host: number; keep: number; lose: number; behindMs: number; ms: number };
 
 export type FaultKind = Fault["kind"];
 
@@ -75,6 +79,8 @@ export interface Schedule {
   replicas: number;
   /** Operations under way at once. */
   inFlight: number;
+  /** Callers choose among this many sandboxes, the latest that they know of. */
+  focus: number;
   steps: Step[];
 }
 
@@ -97,7 +103,7 @@ const FAULT_WEIGHTS: Readonly<Record<FaultKind, number>> = {
   "guest-crash": 3,
   slow: 2,
   "stolen-token": 1,
-  "late-commands": 3,
+  "late-commands": 4,
 };
 
 const OPERATION_WEIGHTS: Readonly<Record<Operation["kind"], number>> = {
@@ -134,7 +140,15 @@ export function makeSchedule(seed: number, operations: number, pace: number): Sc
     const gapMs = when.chance(0.2) ? when.between(5, 60) : when.between(0, 3);
     steps.push({ gapMs, operation: makeOperation(operationRandom) });
   }
-  return { seed, pace, hosts, replicas, inFlight: random.between(3, 10), steps };
+  return {
+    seed,
+    pace,
+    hosts,
+    replicas,
+    inFlight: random.between(3, 10),
+    focus: random.pick([5, 15, 40]),
+    steps,
+  };
 }
 
 function mixture(random: Random): Partial<Record<FaultKind, number>> {
@@ -230,7 +244,14 @@ function makeFault(kind: FaultKind, world: { hosts: number; replicas: number; ra
     case "stolen-token":
       return { kind, host };
     case "late-commands":
-      return { kind, host, keep: random.pick([4, 12]), lose: random.pick([0, 0, 1]) };
+      return {
+        kind,
+        host,
+        keep: random.pick([4, 12]),
+        lose: random.pick([0, 0, 1]),
+        behindMs: random.pick([0, 30_000]),
+        ms: random.pick([900, 3_000]),
+      };
     default:
       return kind satisfies never;
   }

@@ -20,6 +20,10 @@ export class GenerationWatch {
 
   /** The same operations, watched. */
   around(operations: SandboxOperations): SandboxOperations {
+    const note = ({ sandboxId, generation }: Operation): void => {
+      if (generation > (this.#newest.get(sandboxId) ?? 0n)) this.#newest.set(sandboxId, generation);
+      this.#onDone(sandboxId, generation);
+    };
     const watched = <A extends unknown[], R>(
       what: string,
       operation: Operation,
@@ -30,8 +34,7 @@ export class GenerationWatch {
         const before = this.#newest.get(id) ?? 0n;
         const result = await work(...args);
         if (generation < before) this.violations.push(`${what} of ${id}: ${generation} after ${before}`);
-        if (generation > (this.#newest.get(id) ?? 0n)) this.#newest.set(id, generation);
-        this.#onDone(id, generation);
+        note(operation);
         return result;
       };
     };
@@ -40,6 +43,13 @@ export class GenerationWatch {
         if (name === "create") {
           return (spec: Parameters<SandboxOperations["create"]>[0], operation: Operation) =>
             watched("create", operation, () => target.create(spec, operation))();
+        }
+        if (name === "destroy") {
+          return async (operation: Operation): Promise<void> => {
+            // Of any generation: what is gone is gone.
+            await target.destroy(operation);
+            note(operation);
+          };
         }
         if (name === "pause")
           return (operation: Operation) => watched("pause", operation, () => target.pause(operation))();

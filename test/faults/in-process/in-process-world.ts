@@ -197,7 +197,10 @@ export class InProcessWorld implements World {
       case "stolen-token":
         return this.#steal(host);
       case "late-commands":
-        return host.lateCommands.begin(fault);
+        host.lateCommands.begin(fault);
+        if (fault.behindMs === 0) return undefined;
+        host.skewMs = -fault.behindMs;
+        return this.#after(fault.ms, () => (host.skewMs = 0));
       default:
         return undefined;
     }

@@ -8,6 +8,8 @@ import { fromBinary } from "@bufbuild/protobuf";
 import { PauseSandboxRequestSchema } from "@rookery/protocol/hostagent";
 
 const COMMANDS = /\/(Create|Pause|Resume|Destroy)Sandbox$|\/CreateSnapshot$/;
+/** What may be obeyed although a newer one was: the others find what they were to make, or nothing. */
+const REPEATABLE = /\/(Pause|Resume)Sandbox$/;
 /** Arrivals of one copy. */
 const MAX_ARRIVALS = 4;
 
@@ -23,7 +25,10 @@ export class LateCommands {
   #toKeep = 0;
   #toLose = 0;
 
-  /** Of the next `keep` commands; the first `lose` of them do not arrive when they should. */
+  /**
+   * Until it has kept `keep` that change a sandbox's state; the first `lose` of
+   * all do not arrive when they should.
+   */
   begin({ keep, lose }: { keep: number; lose: number }): void {
     this.#toKeep = keep;
     this.#toLose = lose;
@@ -32,7 +37,7 @@ export class LateCommands {
   /** Keeps a copy of a command, if one is wanted. True: this one is lost for now. */
   keep(url: string, body: Uint8Array, deliver: () => Promise<unknown>): boolean {
     if (this.#toKeep === 0 || !COMMANDS.test(url)) return false;
-    this.#toKeep -= 1;
+    if (REPEATABLE.test(url)) this.#toKeep -= 1;
     // In every command that is the first field.
     const { operation } = fromBinary(PauseSandboxRequestSchema, body);
     if (operation === undefined) return false;

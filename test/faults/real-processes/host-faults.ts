@@ -43,6 +43,13 @@ export function beginHostFault(fault: HostFault, host: RealHost, tools: FaultToo
         fault.ms,
         () => host.setClock(0),
       );
+    case "late-commands":
+      // Kernels deliver nothing twice: what is left of it is the clock.
+      return between(
+        () => host.setClock(-fault.behindMs),
+        fault.ms,
+        () => host.setClock(0),
+      );
     case "disk-full":
       return between(
         () => host.fillDisk(),
