@@ -43,8 +43,22 @@ export class FleetDatabase implements AsyncDisposable {
   }
 
   /** For what no program does, such as making time pass. */
-  async execute<T = unknown>(text: string): Promise<T[]> {
-    return (await this.#client.query(text)).rows as T[];
+  async execute<T = unknown>(text: string, values: unknown[] = []): Promise<T[]> {
+    return (await this.#client.query(text, values)).rows as T[];
+  }
+
+  /** Takes all rows of these tables, as a backup has them. */
+  async copyFrom(other: FleetDatabase, tables: readonly string[]): Promise<void> {
+    for (const table of tables) {
+      const [rows] = await other.execute<{ all: unknown }>(
+        `select coalesce(json_agg(t), '[]')::text as all from ${table} t`,
+      );
+      await this.execute(`delete from ${table}`);
+      await this.execute(
+        `insert into ${table} select * from json_populate_recordset(null::${table}, $1::json)`,
+        [rows?.all],
+      );
+    }
   }
 
   /** All connections break, and no new ones are taken. */

@@ -14,7 +14,7 @@ import { inject } from "vitest";
 import { TEMPLATE_DATABASE } from "../../packages/control-plane/src/db/testing/test-server.ts";
 import { Api, eventually } from "../api.ts";
 import { agentProgram, freePort, repoDir } from "../product.ts";
-import { FleetDatabase } from "./database.ts";
+import { FleetDatabase, type Server } from "./database.ts";
 import { Program } from "./program.ts";
 
 const run = promisify(execFile);
@@ -69,9 +69,8 @@ export class Fleet implements AsyncDisposable {
     const dir = mkdtempSync(join(tmpdir(), "rk-fleet-"));
     chmodSync(dir, 0o755);
     cleanup.defer(() => rmSync(dir, { recursive: true, force: true }));
-    const server = { socketDir: inject("postgresSocketDir"), template: TEMPLATE_DATABASE };
     const database = cleanup.use(
-      await FleetDatabase.create(server, `fleet_${randomBytes(6).toString("hex")}`, join(dir, "db")),
+      await FleetDatabase.create(testServer(), `fleet_${randomBytes(6).toString("hex")}`, join(dir, "db")),
     );
     const fleet = new Fleet({
       dir,
@@ -136,8 +135,17 @@ export class Fleet implements AsyncDisposable {
     return { program, url, ready: () => isReady(program, url) };
   }
 
+  /** Another one, migrated and empty. */
+  async emptyDatabase(): Promise<FleetDatabase> {
+    const name = `empty_${randomBytes(6).toString("hex")}`;
+    return this.#cleanup.use(await FleetDatabase.create(testServer(), name, join(this.dir, name)));
+  }
+
   /** With a host of its own, and not started: `start()` registers it by its one-time token. */
-  async agent(name: string, { api, controlPlane }: { api: Api; controlPlane: string }): Promise<Agent> {
+  async agent(
+    name: string,
+    { api, controlPlane, env = {} }: { api: Api; controlPlane: string; env?: Record<string, string> },
+  ): Promise<Agent> {
     const { host, registration_token: token } = await api.must<{ host: HostRow; registration_token: string }>(
       201,
       "POST",
@@ -157,7 +165,7 @@ export class Fleet implements AsyncDisposable {
           ...["--register", token],
           ...["--address", `127.0.0.1:${await freePort()}`],
         ],
-        env: { ...this.env, ROOKERY_AGENT_DATA: dataDir, ROOKERY_RUNTIME_DIR: join(dir, "run") },
+        env: { ...this.env, ROOKERY_AGENT_DATA: dataDir, ROOKERY_RUNTIME_DIR: join(dir, "run"), ...env },
         dir,
         failpointsDir: dataDir,
       }),
@@ -175,6 +183,10 @@ export class Fleet implements AsyncDisposable {
   }
 }
 
+function testServer(): Server {
+  return { socketDir: inject("postgresSocketDir"), template: TEMPLATE_DATABASE };
+}
+
 async function isReady(program: Program, url: string): Promise<void> {
   await eventually(`${program.name} is ready\n${program.tail()}`, START_MS, () =>
     fetch(`${url}/readyz`).then(
@@ -182,6 +194,14 @@ async function isReady(program: Program, url: string): Promise<void> {
       () => undefined,
     ),
   );
+}
+
+/** Programs on their way to what the sandbox's status is to be. */
+export async function becomes(api: Api, ids: readonly string[], status: string): Promise<void> {
+  await eventually(`${ids.length} sandboxes are ${status}`, START_MS, async () => {
+    const seen = await Promise.all(ids.map((id) => api.get(id)));
+    return seen.every((sandbox) => sandbox.status === status) ? true : undefined;
+  });
 }
 
 /** Waits for a heartbeat of the host after `since` (by the database's clock, which is this machine's). */
