@@ -26,7 +26,7 @@ export interface Replica {
   program: Program;
   url: string;
   /** Resolves when it answers. */
-  ready(): Promise<void>;
+  ready(this: void): Promise<void>;
 }
 
 export interface Agent {

@@ -10,10 +10,10 @@ export type HostFault = Exclude<
 
 export interface FaultTools {
   random: Random;
-  paced(ms: number): number;
+  paced(this: void, ms: number): number;
   /** Waits; not so long once all is to be healed. */
-  pass(ms: number): Promise<void>;
-  isHealing(): boolean;
+  pass(this: void, ms: number): Promise<void>;
+  isHealing(this: void): boolean;
   /** The fault lasts as long as the work. */
   during(work: Promise<void>): void;
 }

@@ -60,7 +60,6 @@ export class RealWorld implements World {
   readonly #options: RealWorldOptions;
   readonly #random: Random;
   readonly #pace: number;
-  readonly #dir: string;
   readonly #topology: Topology;
   readonly #filters: Filters;
   readonly #hosts: RealHost[];
@@ -79,7 +78,6 @@ export class RealWorld implements World {
   private constructor(
     options: RealWorldOptions,
     parts: {
-      dir: string;
       topology: Topology;
       filters: Filters;
       database: DatabaseServer;
@@ -92,7 +90,6 @@ export class RealWorld implements World {
     this.#options = options;
     this.#random = options.random.fork();
     this.#pace = options.schedule.pace;
-    this.#dir = parts.dir;
     this.#topology = parts.topology;
     this.#filters = parts.filters;
     this.#database = parts.database;

@@ -108,7 +108,7 @@ async function assertOnlyOn(host: TestHost, phase: "RUNNING" | "PAUSED"): Promis
   const overdue = plane.deps.db.updateTable("snapshots").set({ operation_deadline: new Date(0) });
   await overdue.where("team_id", "=", caller.teamId).execute();
   await sweep();
-  const left = await plane.deps.db.selectFrom("snapshots").select("id").where("team_id", "=", caller.teamId);
+  const left = plane.deps.db.selectFrom("snapshots").select("id").where("team_id", "=", caller.teamId);
   assert.deepEqual(await left.execute(), []);
   for (const { agent } of [home, near, far]) assert.equal(agent.snapshots.size, 0);
 }

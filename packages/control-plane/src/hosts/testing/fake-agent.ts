@@ -358,7 +358,7 @@ export const failing =
   };
 
 /** A hook that holds one kind of call until it is released. */
-export function holding(method: string): { hook: Hook; arrived: Promise<void>; release(): void } {
+export function holding(method: string): { hook: Hook; arrived: Promise<void>; release(this: void): void } {
   const arrived = Promise.withResolvers<void>();
   const released = Promise.withResolvers<void>();
   return {
