@@ -26,9 +26,13 @@ export function livePid(paths, name) {
   const pid = Number.parseInt(lines[0], 10);
   if (!Number.isInteger(pid) || pid <= 1) return undefined;
   const startTime = startTimeOf(pid);
+  const cmdline = readOfProcess(pid, "cmdline");
+  if (startTime === undefined || cmdline === undefined) return undefined;
   // PostgreSQL's file, which another program writes, has no second line.
-  const isSame = startTime !== undefined && (!lines[1] || lines[1] === startTime);
-  return isSame && hasMark(pid, MARKS[name]) ? pid : undefined;
+  if (lines[1] && lines[1] !== startTime) return undefined;
+  // Empty for a moment while one program makes way for another (setpriv for node): the start time is enough then.
+  const isMarked = cmdline.includes(MARKS[name]) || (cmdline === "" && Boolean(lines[1]));
+  return isMarked ? pid : undefined;
 }
 
 /** In ticks since the boot, as proc_pid_stat(5) has it in field 22; undefined when nobody lives there. */
@@ -36,10 +40,6 @@ function startTimeOf(pid) {
   const stat = readOfProcess(pid, "stat");
   const fields = stat?.slice(stat.lastIndexOf(")") + 2).split(" ");
   return fields === undefined || fields[0] === "Z" || fields[0] === "X" ? undefined : fields[19];
-}
-
-function hasMark(pid, mark) {
-  return readOfProcess(pid, "cmdline")?.includes(mark) ?? false;
 }
 
 function readOfProcess(pid, name) {
