@@ -48,3 +48,17 @@ test("a process is ours by its pid, its start and its command line, and by nothi
   assert.equal(livePid(paths, "agent"), undefined);
   assert.ok(!existsSync(file));
 });
+
+test("a process that makes way for another program is the same one at every moment", async () => {
+  const paths = { runDir: join(dir, "run-exec"), logDir: join(dir, "log-exec") };
+  for (const each of Object.values(paths)) mkdirSync(each);
+  const program = join(dir, "rookery-agent");
+  // In the middle of an exec the kernel shows an empty command line.
+  writeFileSync(program, '#!/bin/sh\nexec "$0"\n', { mode: 0o755 });
+  const pid = startDetached(paths, "agent", { argv: [program], env: {} });
+  try {
+    for (let look = 0; look < 20_000; look += 1) assert.equal(livePid(paths, "agent"), pid);
+  } finally {
+    await stop(paths, "agent", 10_000);
+  }
+});
