@@ -2,7 +2,7 @@
 import assert from "node:assert/strict";
 import { sql } from "kysely";
 import { beforeEach, expect, test } from "vitest";
-import { claimEventReading } from "../db/hosts.ts";
+import { claimEventReading } from "../db/host-event-reading.ts";
 import type { SandboxId } from "../model/ids.ts";
 import type { TestHost } from "../service/testing/test-plane.ts";
 import { EventReader } from "./event-reader.ts";

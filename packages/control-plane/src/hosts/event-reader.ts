@@ -8,12 +8,12 @@
  */
 import { type ErrorCode, RookeryError, isErrorCode } from "@rookery/protocol/errors";
 import {
-  type HostRecord,
   adoptEventLog,
   claimEventReading,
   recordEventRead,
   releaseEventReading,
-} from "../db/hosts.ts";
+} from "../db/host-event-reading.ts";
+import type { HostRecord } from "../db/hosts.ts";
 import { type SandboxSummaryRecord, findSandboxes, moveSandbox } from "../db/sandboxes.ts";
 import type { HostId } from "../model/ids.ts";
 import { type SandboxEvent, isFinal, isWork, nextStatus } from "../model/sandbox-state.ts";
