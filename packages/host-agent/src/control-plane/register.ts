@@ -42,7 +42,11 @@ export async function registerHost(
   host: Omit<HostDescription, "publicKey">,
   signal: AbortSignal,
 ): Promise<void> {
-  if (!isNewRegistration(store.current, token)) return;
+  if (!isNewRegistration(store.current, token)) {
+    // What we may have died before.
+    await store.clearRegistration();
+    return;
+  }
   await reach("register.key.before");
   const privateKey = await store.registrationKey(hashOf(token));
   await reach("register.key.after");

@@ -59,7 +59,7 @@ function refuseOtherDrivers({ deps: { host, network, vmm } }: Core, records: VmP
   throw new RookeryError(
     "host_error",
     `${others.length} VMs on this host were started with ${drivers(others[0]!)}, and this agent runs with ${now}: ` +
-      `start it with the former settings, or end them by \`rookery-agent cleanup\` under these; then change`,
+      `start it with the former settings, or run \`rookery-agent cleanup\` with them, which ends what lives; then change`,
   );
 }
 
