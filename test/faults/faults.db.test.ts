@@ -11,8 +11,8 @@ import { Log } from "./in-process/log.ts";
 import { runSeed } from "./run.ts";
 
 const isLong = process.env["ROOKERY_LONG"] === "1";
-const OPERATIONS = isLong ? 200 : 60;
-const FRESH = isLong ? 100 : 3;
+const OPERATIONS = isLong ? 500 : 60;
+const FRESH = isLong ? 997 : 3;
 const AT_ONCE = 3;
 /** Other suites are at work beside this one. */
 const PACE = 3;
@@ -22,7 +22,7 @@ const fresh = Array.from({ length: FRESH }, () => randomInt(2 ** 31));
 
 test(
   "whatever fails, nothing is lost, doubled or leaked",
-  { timeout: isLong ? 3_600_000 : 240_000 },
+  { timeout: isLong ? 4 * 3_600_000 : 240_000 },
   async () => {
     const server = { socketDir: inject("postgresSocketDir"), template: TEMPLATE_DATABASE };
     await using form = await openInProcess(server);

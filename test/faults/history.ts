@@ -20,6 +20,8 @@ export class History {
   readonly wrongAnswers: { what: string; request: string; answer: string }[] = [];
   answers = 0;
   unanswered = 0;
+  /** Calls without an answer after all faults had ended: asked again, and no fault excuses them. */
+  hangs = 0;
 
   knows(id: string): void {
     if (!this.sandboxes.includes(id)) this.sandboxes.push(id);

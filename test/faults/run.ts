@@ -19,6 +19,8 @@ export interface RunResult {
   settledMs: number;
   answers: number;
   unanswered: number;
+  /** Calls without an answer after all faults had ended; each was asked again. */
+  hangs: number;
   /** That callers know of. */
   sandboxes: number;
   /** What guests wrote down and were asked about: none of it would be a suite that looks away. */
@@ -61,6 +63,7 @@ export async function runSeed(options: {
     settledMs: Math.round(settledMs),
     answers: history.answers,
     unanswered: history.unanswered,
+    hangs: history.hangs,
     sandboxes: history.sandboxes.length,
     notes: [...history.written.values()].reduce((sum, notes) => sum + notes.size, 0),
   };
@@ -80,12 +83,12 @@ async function settle(world: World, history: History, pace: number): Promise<Vio
 async function finish(world: World, history: History, pace: number): Promise<Violation[]> {
   const failed: Violation[] = [];
   const insist = async (what: string, request: ApiRequest, status: number): Promise<void> => {
-    const answer = await insistOn(world, request, pace);
+    const answer = await insistOn(world, history, request, pace);
     if (answer.status !== status) failed.push({ what, path: request.path, answer });
   };
   const before = await world.observe();
   for (const { id } of before.sandboxes.filter(({ status }) => status === "paused")) {
-    const answer = await resumeSurely(world, id, pace);
+    const answer = await resumeSurely(world, history, id, pace);
     if (answer !== undefined) failed.push({ what: "a paused sandbox can't be resumed", id, answer });
   }
   const resumed = [...failed, ...(await settle(world, history, pace))];
@@ -109,10 +112,15 @@ async function finish(world: World, history: History, pace: number): Promise<Vio
 }
 
 /** Undefined when it runs; otherwise the last answer. */
-async function resumeSurely(world: World, id: string, pace: number): Promise<ApiAnswer | undefined> {
+async function resumeSurely(
+  world: World,
+  history: History,
+  id: string,
+  pace: number,
+): Promise<ApiAnswer | undefined> {
   const giveUpAt = performance.now() + SETTLE_LIMIT_MS * pace;
   for (;;) {
-    const answer = await callSurely(world, { method: "POST", path: `/v1/sandboxes/${id}/resume` });
+    const answer = await callSurely(world, history, { method: "POST", path: `/v1/sandboxes/${id}/resume` });
     if (answer.status === 200) return undefined;
     // The answer may have been late on a busy machine, and another look done the rest.
     const { sandboxes } = await world.observe();
@@ -123,20 +131,26 @@ async function resumeSurely(world: World, id: string, pace: number): Promise<Api
 }
 
 /** A caller who gave up may ask again. */
-async function callSurely(world: World, request: ApiRequest): Promise<ApiAnswer> {
+async function callSurely(world: World, history: History, request: ApiRequest): Promise<ApiAnswer> {
   try {
     return await world.call(0, request);
   } catch (cause) {
     if (!(cause instanceof NoAnswer)) throw cause;
+    history.hangs += 1;
     return { status: 504, body: cause.message };
   }
 }
 
 /** Again while the answer is that it may be tried again: a busy machine is slow. */
-async function insistOn(world: World, request: ApiRequest, pace: number): Promise<ApiAnswer> {
+async function insistOn(
+  world: World,
+  history: History,
+  request: ApiRequest,
+  pace: number,
+): Promise<ApiAnswer> {
   const giveUpAt = performance.now() + SETTLE_LIMIT_MS * pace;
   for (;;) {
-    const answer = await callSurely(world, request);
+    const answer = await callSurely(world, history, request);
     if (answer.status < 500 || performance.now() > giveUpAt) return answer;
     await sleep(LOOK_AGAIN_MS * pace);
   }
